@@ -1,0 +1,110 @@
+"""The front door: compose (Hydra) -> validate -> launch. No torch here, so --help, --cfg and bad input answer at once."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from opd.errors import ConfigError, OpdError
+
+_HERE = Path(__file__).resolve().parent
+CONF = next(path for path in (_HERE / "conf", _HERE.parent / "conf") if (path / "config.yaml").is_file())
+
+
+def main() -> None:
+    """`opd` and `python -m opd`. Exit 0; 1 where the run failed; 2 where config or data cannot run; 130 on Ctrl-C."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its exceptions over instead of printing them
+    try:
+        _compose_and_run()
+    except OpdError as error:
+        sys.exit(_say(error))
+    except KeyboardInterrupt:
+        print("interrupted; the same command with the same run.dir continues", file=sys.stderr)
+        sys.exit(130)
+
+
+def _say(error: OpdError) -> int:
+    for line in str(error).splitlines():
+        print(f"opd: {line}", file=sys.stderr)
+    return error.exit_code
+
+
+def _compose_and_run() -> None:
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    entry = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(_task)
+    try:
+        entry()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_explain(error)) from None
+
+
+def _task(composed: Any) -> None:
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+    from omegaconf import OmegaConf
+
+    raw: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    context = HydraConfig.get()
+    if context.mode == RunMode.MULTIRUN and not any(o.startswith("run.dir=") for o in context.overrides.task):
+        raw["run"]["dir"] = context.runtime.output_dir
+
+    from opd.conditions import validated
+    from opd.launch import launch
+
+    launch(validated(raw))
+
+
+def _explain(error: Exception) -> str:
+    """One line for what Hydra says in several: the key, and the nearest one that exists."""
+    text = str(error)
+    if match := re.search(r"Could not find '([^']+)'", text):
+        group, _, option = match[1].rpartition("/")
+        options = re.findall(r"^\t(\S+)", text, re.MULTILINE)
+        return f"{group}={option}: no such option; {_near(option, options)}"
+    if match := re.search(r"Could not override '([^']+)'", text):
+        return f"{match[1]}: unknown key; {_near(match[1], _known_keys())}"
+    if match := re.search(r"Missing mandatory value: (\S+)", text):
+        return f"{match[1]}: missing; set {match[1]}=…"
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def _near(word: str, candidates: list[str]) -> str:
+    from difflib import get_close_matches
+
+    near = get_close_matches(word, candidates, n=1, cutoff=0.6)
+    if near:
+        return f"did you mean {near[0]}?"
+    return (
+        f"choose from {', '.join(candidates)}" if len(candidates) < 20 else "python -m opd --help lists them"
+    )
+
+
+def _known_keys() -> list[str]:
+    """Every key of the default config, dotted, and every group."""
+    from omegaconf import DictConfig, OmegaConf
+
+    keys = [str(path.parent.relative_to(CONF)) for path in CONF.rglob("*.yaml") if path.parent != CONF]
+
+    def visit(node: DictConfig, prefix: str) -> None:
+        for key in node:
+            keys.append(f"{prefix}{key}")
+            if isinstance(child := node._get_node(key), DictConfig):
+                visit(child, f"{prefix}{key}.")
+
+    for path in [CONF / "config.yaml", *CONF.glob("*/*.yaml"), *CONF.glob("*/*/*.yaml")]:
+        loaded = OmegaConf.load(path)
+        header = re.search(r"@package (\S+)", path.read_text(encoding="utf-8"))
+        package = header[1] if header else str(path.parent.relative_to(CONF)).replace("/", ".")
+        if isinstance(loaded, DictConfig):
+            visit(loaded, "" if package in ("_global_", ".") else f"{package}.")
+    return sorted({key for key in keys if not key.startswith(("defaults", "hydra"))})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""What a result rests on: code, versions, machine, seeds, and hashes of models and data."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import subprocess
+import sys
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = (
+    "opd",
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "accelerate",
+    "datasets",
+    "hydra-core",
+    "omegaconf",
+    "pydantic",
+)
+# A larger file is known by its size and ends; hashing 60 GB of weights would take longer than many runs.
+_WHOLE_FILE_BYTES = 2**30
+
+
+def provenance(*, seed: int, models: dict[str, str | None], data: str | None) -> dict[str, Any]:
+    """A nested dict, ready for JSON. Hashes are of local files; a hub id is its own address."""
+    return {
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": " ".join([Path(sys.executable).name, "-m", "opd", *sys.argv[1:]]),
+        "code": _code(),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        "hardware": _hardware(),
+        "seeds": {"run.seed": seed},
+        "hashes": {
+            **{name: folder_hash(Path(path)) for name, path in models.items() if path},
+            **({"data": file_hash(Path(data))} if data else {}),
+        },
+    }
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file; of its size, first and last MiB where it is over 1 GiB (prefix `ends:`)."""
+    if not path.is_file():
+        return "not a local file"
+    size = path.stat().st_size
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        if size <= _WHOLE_FILE_BYTES:
+            for block in iter(lambda: file.read(2**20), b""):
+                digest.update(block)
+            return digest.hexdigest()
+        digest.update(str(size).encode() + file.read(2**20))
+        file.seek(-(2**20), os.SEEK_END)
+        digest.update(file.read())
+    return "ends:" + digest.hexdigest()
+
+
+def folder_hash(path: Path) -> dict[str, str] | str:
+    """File name -> hash, of what a model folder holds at its top; for a hub id, a word that says so."""
+    if not path.is_dir():
+        return "not a local folder; see model.*.revision"
+    return {file.name: file_hash(file) for file in sorted(path.iterdir()) if file.is_file()}
+
+
+def _code() -> dict[str, Any]:
+    def git(*words: str) -> str | None:
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    try:
+        commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain")
+    except FileNotFoundError:
+        commit, changes = None, None
+    return {"commit": commit, "dirty": None if changes is None else bool(changes)}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _hardware() -> dict[str, Any]:
+    import torch  # noqa: PLC0415  everything else here answers without it
+
+    cuda = torch.cuda.is_available()
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else []
+    return {
+        "machine": platform.machine(),
+        "system": platform.platform(),
+        "cpus": os.cpu_count(),
+        "gpus": gpus,
+    }

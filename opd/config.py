@@ -1,0 +1,270 @@
+"""The typed schema of everything the YAML may say. No torch here: a bad value is refused before anything is loaded.
+
+Methods keep their own schema beside their loss; `parse` joins the two. A refusal is one line a problem:
+`method.beta=3.0: must be less than or equal to 1`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic_core import ErrorDetails
+
+from opd.errors import ConfigError
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+PositiveInt = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class Schema(BaseModel):
+    """A section of the config: immutable, no key beyond those named, no NaN and no infinity."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class Run(Schema):
+    """Which run this is and where it writes."""
+
+    name: str = Field(min_length=1, description="experiment name; part of the default run.dir")
+    dir: str = Field(
+        min_length=1, description="folder of this run; the same command with it continues the run"
+    )
+    seed: Count = Field(
+        description="seed of every addressed draw: order, rollouts, coins, initial student base"
+    )
+    resume: str = Field(
+        description="auto: continue an interrupted run.dir; never: refuse one; or a checkpoint path"
+    )
+
+
+class LoRA(Schema):
+    """Low-rank adapters on the student (peft)."""
+
+    r: PositiveInt
+    alpha: float = Field(gt=0)
+    dropout: float = Field(ge=0, lt=1)
+    targets: list[str] | Literal["all-linear"]
+
+
+class WalkRecipe(Schema):
+    """How a model of the embedded number-walk task is trained from nothing, by the project's own sft."""
+
+    hidden_size: PositiveInt
+    num_layers: PositiveInt
+    num_heads: PositiveInt
+    vocab_size: PositiveInt = Field(description="asked of the tokenizer's training; 512 reaches 468 entries")
+    detour_probability: Fraction = Field(
+        description="share of random legal moves in the corpus; never a target"
+    )
+    steps: PositiveInt
+    batch_size: PositiveInt
+    learning_rate: float = Field(gt=0)
+    seed: Count
+
+
+class Model(Schema):
+    """A causal language model: a folder, a hub id, or a recipe that the project trains on first use."""
+
+    path: str | None = Field(description="folder or hub id")
+    revision: str | None = Field(default=None, description="hub revision")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        description="auto: follow hardware.precision"
+    )
+    attention: Literal["sdpa", "eager", "flash_attention_2"]
+    trust_remote_code: bool
+    chat_template: str | None = Field(
+        default=None, description="file with a chat template that replaces the model's"
+    )
+    recipe: WalkRecipe | None = None
+
+
+class Student(Model):
+    """The model that learns."""
+
+    lora: LoRA | None = None
+    gradient_checkpointing: bool = False
+
+
+class Teacher(Model):
+    """The model that scores. path and recipe both null: there is none."""
+
+    top_k: PositiveInt | None = Field(
+        default=None,
+        description="score only the teacher's k likeliest ids and the tail's mass; null: whole vocabulary",
+    )
+
+    @property
+    def exists(self) -> bool:
+        """Whether a teacher is configured."""
+        return self.path is not None or self.recipe is not None
+
+
+class Models(Schema):
+    """The student and the teacher."""
+
+    student: Student
+    teacher: Teacher
+
+
+class Data(Schema):
+    """Prompts, and the completions some methods need."""
+
+    name: Literal["walk", "file"]
+    path: str | None = Field(
+        default=None, description="data=file: .json .jsonl .csv .parquet, or .txt of prompts"
+    )
+    limit: PositiveInt | None = Field(default=None, description="use only the first rows")
+    eval_prompts: Count = Field(description="prompts held out for evaluation")
+    columns: dict[str, str] = Field(default_factory=dict, description="opd's column: the file's column")
+    max_prompt_length: PositiveInt = Field(description="tokens; a longer prompt is dropped and counted")
+    max_completion_length: PositiveInt = Field(
+        description="tokens; a longer data completion is cut and counted"
+    )
+
+
+class Hardware(Schema):
+    """Where the run computes. No hyper-parameter of a method belongs here."""
+
+    name: str
+    device: Literal["cpu", "cuda", "mps"]
+    nodes: PositiveInt
+    processes_per_node: PositiveInt
+    precision: Literal["fp32", "bf16", "fp16"]
+    threads: PositiveInt = Field(
+        description="CPU threads a process; more than one can be slower on tiny models"
+    )
+
+    @property
+    def world_size(self) -> int:
+        """Processes of the whole run."""
+        return self.nodes * self.processes_per_node
+
+
+class Rollout(Schema):
+    """How completions are sampled. Nothing here touches the loss."""
+
+    engine: Literal["hf"]
+    max_completion_tokens: PositiveInt
+    temperature: float = Field(ge=0, description="0: greedy")
+    top_p: float = Field(gt=0, le=1)
+    top_k: Count = Field(description="0: off")
+    group_size: PositiveInt = Field(description="completions a prompt")
+    batch_size: PositiveInt = Field(description="sequences sampled together on a rank")
+
+
+class Train(Schema):
+    """The optimizer steps."""
+
+    max_steps: PositiveInt | None = Field(description="optimizer steps; null: num_epochs decides")
+    num_epochs: float = Field(gt=0, description="passes over the prompts, if max_steps is null")
+    batch_size: PositiveInt = Field(description="prompts in one optimizer step, over all ranks")
+    micro_batch_size: PositiveInt = Field(
+        description="sequences in one forward; changes memory, not the result"
+    )
+    learning_rate: float = Field(gt=0)
+    optimizer: Literal["adamw", "rmsprop", "sgd"]
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = Field(ge=0)
+    lr_scheduler: Literal["constant", "linear", "cosine"]
+    warmup_steps: Count
+    warmup_ratio: Fraction = Field(description="share of the steps; used where warmup_steps is 0")
+    min_lr_ratio: Fraction = Field(default=0.0, description="cosine ends at this share of the learning rate")
+    max_grad_norm: float = Field(ge=0, description="0: no clipping")
+    eval_every_steps: Count = Field(description="0: only before and after")
+    save_every_steps: Count = Field(
+        description="0: no checkpoints, so no resume; the final model is always saved"
+    )
+    keep_checkpoints: PositiveInt
+    log_every_steps: PositiveInt
+    sample_every_steps: Count = Field(description="write rollouts to samples.jsonl; 0: only before and after")
+
+
+class Evaluation(Schema):
+    """What is measured before and after (and every train.eval_every_steps)."""
+
+    greedy: bool
+    sampled: bool = Field(description="also at temperature 1: the ranking of methods differs")
+    divergence: bool = Field(description="KL to the teacher, both ways, in nats a token")
+    divergence_prompts: PositiveInt
+    max_completion_tokens: PositiveInt | None = Field(description="null: rollout.max_completion_tokens")
+    batch_size: PositiveInt
+
+
+class Tracking(Schema):
+    """Experiment trackers beside the run folder, which always holds everything."""
+
+    backend: Literal["none", "wandb", "tensorboard"]
+    project: str | None = None
+    mode: Literal["online", "offline", "disabled"] = "offline"
+    tags: list[str] = Field(default_factory=list)
+
+
+class Artifacts(Schema):
+    """Where what is made once and used again is kept, addressed by content."""
+
+    dir: str
+
+
+class MethodConfig(Schema):
+    """What every method's config has."""
+
+    name: str
+    loss_normalization: Literal["token", "sequence", "sum", "constant"] = "token"
+
+
+class Config(Schema):
+    """One run, resolved."""
+
+    mode: Literal["train", "check", "plan", "eval"]
+    run: Run
+    model: Models
+    method: MethodConfig
+    data: Data
+    hardware: Hardware
+    rollout: Rollout
+    train: Train
+    evaluation: Evaluation
+    tracking: Tracking
+    artifacts: Artifacts
+
+
+def parse(raw: dict[str, Any], method_schema: type[MethodConfig]) -> Config:
+    """The validated config. Raises ConfigError with one line a problem."""
+    schema = create_model("Config", __base__=Config, method=(method_schema, ...))
+    try:
+        return schema.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_line(schema, problem) for problem in error.errors())) from None
+
+
+def did_you_mean(word: str, candidates: list[str]) -> str:
+    """'; did you mean X?' for the nearest candidate, else all of them."""
+    near = difflib.get_close_matches(word, candidates, n=1, cutoff=0.5)
+    return f"did you mean {near[0]}?" if near else f"known here: {', '.join(sorted(candidates))}"
+
+
+def _line(schema: type[BaseModel], problem: ErrorDetails) -> str:
+    location = [str(part) for part in problem["loc"]]
+    key = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        known = list(_section(schema, location[:-1]).model_fields)
+        return f"{key}={problem['input']!r}: unknown key; {did_you_mean(location[-1], known)}"
+    if problem["type"] == "missing":
+        return f"{key}: missing; set it on the command line or in a config file"
+    message = problem["msg"].replace("Input should be", "must be", 1)
+    return f"{key}={problem['input']!r}: {message}"
+
+
+def _section(schema: type[BaseModel], location: list[str]) -> type[BaseModel]:
+    for part in location:
+        field = schema.model_fields.get(part)
+        annotation = field.annotation if field else None
+        options = [annotation, *getattr(annotation, "__args__", ())]
+        nested = [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
+        if not nested:
+            break
+        schema = nested[0]
+    return schema

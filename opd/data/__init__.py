@@ -1,0 +1,104 @@
+"""Data as a run sees it: rows to train on, rows to evaluate on, and a score of an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from opd.config import Config, Data
+from opd.data.files import load_examples, split_evaluation
+from opd.data.walk import WalkTask
+from opd.errors import ConfigError
+from opd.protocols import Example, ExampleSet, Needs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Score = Callable[[Example, str, bool], dict[str, float]]
+"""(row, decoded completion without its stop token, whether it finished) -> {metric: value}."""
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Rows of a run. `probes` are further prompt sets, scored greedily; `summary` is shown and kept."""
+
+    train: ExampleSet
+    evaluation: Sequence[Example]
+    score: Score
+    probes: dict[str, Sequence[Example]] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
+
+
+def load_data(
+    config: Config, tokenizer: PreTrainedTokenizerBase, needs: Needs, stop_ids: frozenset[int]
+) -> DataSet:
+    """The rows that `data` names, in the student's ids, as the method reads them. Refuses fewer rows than a step needs."""
+    load = {"walk": _walk, "file": _file}[config.data.name]
+    data = load(config, tokenizer, needs, stop_ids)
+    if len(data.train) < config.train.batch_size:
+        raise ConfigError(
+            f"train.batch_size={config.train.batch_size}: the data has only {len(data.train)} training rows "
+            f"({_counts(config.data, data)}); lower it to {len(data.train)} or less"
+        )
+    return data
+
+
+def _counts(settings: Data, data: DataSet) -> str:
+    return f"{data.summary.get('rows', len(data.train))} rows, {len(data.evaluation)} held out by data.eval_prompts={settings.eval_prompts}"
+
+
+def _walk(
+    config: Config, tokenizer: PreTrainedTokenizerBase, needs: Needs, stop_ids: frozenset[int]
+) -> DataSet:
+    del needs, stop_ids
+    task, settings = WalkTask(), config.data
+    train = task.train(tokenizer, settings.limit or 6941, config.run.seed)
+    if not settings.eval_prompts:
+        return DataSet(train, [], task.score, summary={"rows": len(train)})
+    evaluation = list(task.evaluation(tokenizer, settings.eval_prompts))
+    probes = task.probes(tokenizer, settings.eval_prompts)
+    return DataSet(train, evaluation, task.score, dict(probes), {"rows": len(train), "kept": len(train)})
+
+
+def _file(
+    config: Config, tokenizer: PreTrainedTokenizerBase, needs: Needs, stop_ids: frozenset[int]
+) -> DataSet:
+    settings = config.data
+    assert settings.path is not None
+    examples = load_examples(
+        Path(settings.path),
+        tokenizer,
+        needs=needs,
+        stop_ids=stop_ids,
+        limit=settings.limit,
+        max_prompt_length=settings.max_prompt_length,
+        max_completion_length=settings.max_completion_length,
+        columns=settings.columns,
+    )
+    if needs.rollouts and (promptless := next((e for e in examples if not e.prompt_ids), None)):
+        raise ConfigError(
+            f"data.path={settings.path} row {promptless.row}: running text has no prompt to complete; "
+            "give it a `prompt` or `messages` column"
+        )
+    train, evaluation = examples, []
+    if settings.eval_prompts:
+        train, held_out = split_evaluation(
+            examples, settings.eval_prompts, config.run.seed, key="data.eval_prompts"
+        )
+        evaluation = [example for example in held_out if example.prompt_ids]
+    return DataSet(train, evaluation, _exact_match(tokenizer, stop_ids), summary=examples.summary)
+
+
+def _exact_match(tokenizer: PreTrainedTokenizerBase, stop_ids: frozenset[int]) -> Score:
+    """1 where the answer is the row's completion, white space at the ends aside; nothing for rows without one."""
+
+    def score(example: Example, text: str, finished: bool) -> dict[str, float]:
+        del finished
+        if not example.completion_ids:
+            return {}
+        wanted = tokenizer.decode([i for i in example.completion_ids if i not in stop_ids])
+        return {"exact_match": float(text.strip() == str(wanted).strip())}
+
+    return score

@@ -1,0 +1,243 @@
+"""Causal language models and tokenizers: loading them, reading their head, and one forward that ends in a loss."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from opd.config import LoRA, Model, WalkRecipe
+from opd.errors import ConfigError
+from opd.protocols import Head
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The ids that student and teacher share, and how completions end."""
+
+    size: int  # columns of both heads that are compared: the smaller of the two widths
+    stop_ids: frozenset[int]  # tokenizer.eos and every eos of the generation config
+    pad_id: int  # fills; never read as a mask
+
+
+def load_tokenizer(model: Model, path: str, key: str) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies with a model. `key` names the setting in errors, e.g. model.teacher.path."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{key}={path}: no tokenizer loads from it ({_first_line(error)})") from None
+    if model.chat_template is not None:
+        template = Path(model.chat_template)
+        if not template.is_file():
+            raise ConfigError(f"{key.rsplit('.', 1)[0]}.chat_template={template}: no such file")
+        tokenizer.chat_template = template.read_text(encoding="utf-8")
+    return tokenizer
+
+
+def vocabulary_width(model: Model, path: str, key: str) -> int:
+    """Rows of the embedding table, read from the config without loading a weight."""
+    try:
+        config = AutoConfig.from_pretrained(
+            path, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{key}={path}: not a model that transformers knows ({_first_line(error)})"
+        ) from None
+    return int(config.get_text_config().vocab_size)
+
+
+def stop_ids(tokenizer: PreTrainedTokenizerBase, path: str, model: Model) -> frozenset[int]:
+    """Every id that ends a completion: the tokenizer's eos and those of the model's generation config."""
+    ids = {tokenizer.eos_token_id}
+    try:
+        config = GenerationConfig.from_pretrained(path, revision=model.revision)
+        more = config.eos_token_id
+        ids |= set(more) if isinstance(more, list) else {more}
+    except OSError:
+        pass  # many folders have no generation config; the tokenizer's eos stands
+    return frozenset(int(stop) for stop in ids if isinstance(stop, int))
+
+
+def shared_vocabulary(
+    student: PreTrainedTokenizerBase,
+    teacher: PreTrainedTokenizerBase | None,
+    widths: list[int],
+    stops: frozenset[int],
+) -> Vocabulary:
+    """What both models can score. Refuses tokenizers that give one id two meanings; padded tables are cut, not refused."""
+    size = min(widths)
+    if not stops:
+        raise ConfigError(
+            "model.student: its tokenizer has no eos token, so no completion can end; set eos_token"
+        )
+    if teacher is not None:
+        mine, theirs = student.get_vocab(), teacher.get_vocab()
+        differing = sorted(
+            token for token in mine.keys() | theirs.keys() if mine.get(token) != theirs.get(token)
+        )
+        if differing:
+            token = differing[0]
+            raise ConfigError(
+                f"model.teacher: its tokenizer is not the student's: {len(differing)} tokens differ, "
+                f"e.g. {token!r} is id {mine.get(token)} for the student and {theirs.get(token)} for the teacher; "
+                "choose a teacher of the same family"
+            )
+    if len(student) > size:
+        raise ConfigError(
+            f"model.student: its tokenizer has {len(student)} ids but the heads share only {size} columns; "
+            "choose a teacher whose embedding table covers the tokenizer"
+        )
+    pad = student.pad_token_id
+    return Vocabulary(size, stops, int(pad) if isinstance(pad, int) else min(stops))
+
+
+def load_model(model: Model, path: str, key: str, *, dtype: torch.dtype) -> PreTrainedModel:
+    """The weights, on the CPU."""
+    wanted = dtype if model.dtype == "auto" else getattr(torch, model.dtype)
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            path,
+            revision=model.revision,
+            dtype=wanted,
+            attn_implementation=model.attention,
+            trust_remote_code=model.trust_remote_code,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(f"{key}={path}: its weights do not load ({_first_line(error)})") from None
+
+
+def build_walk_model(recipe: WalkRecipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """An untrained Llama of the embedded task's shape; its weights depend on recipe.seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        return LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=recipe.hidden_size,
+                intermediate_size=3 * recipe.hidden_size,
+                num_hidden_layers=recipe.num_layers,
+                num_attention_heads=recipe.num_heads,
+                max_position_embeddings=256,
+                initializer_range=0.05,
+                tie_word_embeddings=True,
+                bos_token_id=None,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )
+
+
+def add_lora(model: PreTrainedModel, lora: LoRA) -> Any:
+    """The model with fresh adapters, everything else frozen."""
+    from peft import LoraConfig, get_peft_model  # noqa: PLC0415  a second of import that most runs do not need
+
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.targets,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config)
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Make the student's training forward the function that is sampled and compared. LoRA's own dropout comes later."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "dropout", "activation_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+def freeze(model: PreTrainedModel) -> PreTrainedModel:
+    """In evaluation mode, without gradients."""
+    return model.eval().requires_grad_(False)
+
+
+def causal_lm(model: Any) -> PreTrainedModel:
+    """The transformers model inside what wraps it (DDP, peft)."""
+    model = getattr(model, "module", model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def read_head(model: PreTrainedModel, vocab_size: int | None = None) -> Head:
+    """The output head, with what some families do to its logits: Cohere scales, Granite divides, Gemma 2 caps."""
+    layer, config = model.get_output_embeddings(), model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return Head(layer.weight, getattr(layer, "bias", None), float(scale), softcap, vocab_size)
+
+
+def hidden_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """What the head reads, (B, T, H)."""
+    backbone = model.base_model
+    return backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+
+
+def attach_objective(model: Any) -> None:
+    """Let `model(input_ids=…, attention_mask=…, objective=f)` return f(hidden states): one forward, head included.
+
+    DDP, FSDP and ZeRO-3 hook the forward of what they wrap, so a loss that reads the head must be computed inside it.
+    Without `objective` the forward is what it was.
+    """
+    inner = causal_lm(model)
+    plain = inner.forward
+
+    @functools.wraps(plain)
+    def forward(
+        *args: Any, objective: Callable[[Tensor], Result] | None = None, **kwargs: Any
+    ) -> Result | Any:
+        if objective is None:
+            return plain(*args, **kwargs)
+        return objective(hidden_states(inner, kwargs["input_ids"], kwargs["attention_mask"]))
+
+    inner.forward = forward
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel, key: str) -> None:
+    """Refuse an architecture whose logits are not finish(head(hidden)): every loss here relies on it."""
+    training = model.training
+    model.eval()
+    ids = torch.arange(1, 6, device=model.device)[None]
+    mask = torch.ones_like(ids)
+    head = read_head(model)
+    assert head.weight is not None
+    hidden = hidden_states(model, ids, mask)
+    ours = head.finish(nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias).float())
+    theirs = model(input_ids=ids, attention_mask=mask).logits.float()
+    model.train(training)
+    tolerance = 1e-3 if head.weight.dtype == torch.float32 else 5e-2
+    if ours.shape != theirs.shape or not torch.allclose(
+        ours, theirs, rtol=tolerance, atol=tolerance * theirs.abs().max().item()
+    ):
+        raise ConfigError(
+            f"{key}: {type(model).__name__} does something to its logits that opd does not know; "
+            "teach opd.models.read_head about it"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

@@ -1,0 +1,327 @@
+"""The only wiring: from a config to models, data, method and trainer, and from those to a run folder and its report."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+from transformers.utils import logging as transformers_logging
+
+from opd import distributed
+from opd.artifacts.console import Progress, start_logging
+from opd.artifacts.provenance import provenance
+from opd.artifacts.report import write_report
+from opd.artifacts.run_folder import RunFolder
+from opd.artifacts.table import before_after_table, format_table
+from opd.config import Config
+from opd.data import DataSet, load_data
+from opd.embedded import ensure_models
+from opd.evaluate import Evaluator
+from opd.methods import METHODS
+from opd.models import (
+    Vocabulary,
+    add_lora,
+    check_head,
+    disable_dropout,
+    freeze,
+    load_model,
+    load_tokenizer,
+    shared_vocabulary,
+    stop_ids,
+    vocabulary_width,
+)
+from opd.protocols import Method
+from opd.sources import Sampling, SequenceSource
+from opd.teachers import LocalTeacher
+from opd.trainer import DistillationTrainer
+from opd.window import Window
+
+log = logging.getLogger("opd")
+
+
+@dataclass
+class _Run:
+    """Everything a run is made of, loaded."""
+
+    config: Config
+    folder: RunFolder
+    method: Method
+    tokenizer: Any
+    vocabulary: Vocabulary
+    data: DataSet
+    student: Any
+    teacher: LocalTeacher | None
+    evaluator: Evaluator
+    max_steps: int
+
+
+def prepare(config: Config) -> Config:
+    """The config with every model on disk: the embedded task's are trained here if they are not kept yet."""
+    _quieten(config)
+    start_logging()
+    RunFolder(config)  # refuse a folder that cannot be used before anything is trained for it
+    return ensure_models(config)
+
+
+def run(config: Config) -> dict[str, Any]:
+    """One run on this rank, from the banner to the report; returns what result.json holds."""
+    started = time.perf_counter()
+    _quieten(config)
+    if distributed.world_size() > 1:
+        start_logging()
+    loaded = _load(config)
+    if distributed.rank() == 0:
+        loaded.folder.create()
+    distributed.barrier()
+    start_logging(loaded.folder.path)
+    _introduce(loaded)
+    before = loaded.folder.read_result().get("before")
+    if before is None:
+        before = _evaluate(loaded, 0, "before")
+        _write_result(loaded, {"before": before})
+    if config.mode == "eval":
+        return _finish(loaded, {"before": before, "after": before}, started)
+    trained = _train(loaded)
+    after = _evaluate(loaded, loaded.max_steps, "after")
+    return _finish(loaded, {"before": before, "after": after, **trained}, started)
+
+
+def _load(config: Config) -> _Run:
+    """Tokenizers, then data, then weights: what can be refused is refused before the expensive part."""
+    folder = RunFolder(config)
+    method = METHODS[config.method.name](config.method)
+    student, teacher = config.model.student, config.model.teacher
+    assert student.path is not None
+    tokenizer = load_tokenizer(student, student.path, "model.student.path")
+    widths, teacher_tokenizer = [vocabulary_width(student, student.path, "model.student.path")], None
+    if teacher.path is not None:
+        teacher_tokenizer = load_tokenizer(teacher, teacher.path, "model.teacher.path")
+        widths.append(vocabulary_width(teacher, teacher.path, "model.teacher.path"))
+    stops = stop_ids(tokenizer, student.path, student)
+    vocabulary = shared_vocabulary(tokenizer, teacher_tokenizer, widths, stops)
+    data = load_data(config, tokenizer, method.needs, vocabulary.stop_ids)
+    steps = config.train.max_steps or -(
+        -round(len(data.train) * config.train.num_epochs) // config.train.batch_size
+    )
+
+    device = _device(config)
+    student_model = load_model(student, student.path, "model.student.path", dtype=torch.float32)
+    check_head(student_model, "model.student.path")
+    if not method.needs.student_dropout:
+        disable_dropout(student_model)
+    if student.gradient_checkpointing:
+        student_model.gradient_checkpointing_enable()
+    if student.lora is not None:
+        torch.manual_seed(config.run.seed)
+        student_model = add_lora(student_model, student.lora)
+    local = None
+    if teacher.path is not None:
+        dtype = torch.bfloat16 if config.hardware.precision == "bf16" else torch.float32
+        teacher_model = freeze(load_model(teacher, teacher.path, "model.teacher.path", dtype=dtype)).to(
+            device
+        )
+        check_head(teacher_model, "model.teacher.path")
+        local = LocalTeacher(teacher_model, vocab_size=vocabulary.size, top_k=teacher.top_k)
+    evaluator = Evaluator(config, data, tokenizer=tokenizer, vocabulary=vocabulary, teacher=local)
+    return _Run(
+        config, folder, method, tokenizer, vocabulary, data, student_model.to(device), local, evaluator, steps
+    )
+
+
+def _train(loaded: _Run) -> dict[str, Any]:
+    """Train to the end; returns seconds and tokens. A checkpoint of the folder is taken up."""
+    config, folder = loaded.config, loaded.folder
+    rollout = config.rollout
+    sampling = Sampling(
+        rollout.max_completion_tokens, rollout.temperature, rollout.top_p, rollout.top_k, rollout.batch_size
+    )
+    source = SequenceSource(
+        loaded.method,
+        student=loaded.student,
+        teacher=loaded.teacher.model if loaded.teacher else None,
+        sampling=sampling,
+        vocabulary=loaded.vocabulary,
+        group_size=rollout.group_size,
+        seed=config.run.seed,
+    )
+    recorder = _Recorder(loaded)
+    trainer = DistillationTrainer(
+        config,
+        loaded.student,
+        loaded.method,
+        tokenizer=loaded.tokenizer,
+        examples=loaded.data.train,
+        source=source,
+        teachers={name: loaded.teacher for name in loaded.method.needs.teachers if loaded.teacher},
+        vocabulary=loaded.vocabulary,
+        max_steps=loaded.max_steps,
+        on_step=recorder.on_step,
+        callbacks=[recorder],
+    )
+    started = time.perf_counter()
+    trainer.resume(folder.checkpoint)
+    recorder.progress.close()
+    if distributed.rank() == 0:
+        _save_final(loaded)
+    return {
+        "train_seconds": time.perf_counter() - started,
+        "tokens": recorder.tokens,
+        "steps": loaded.max_steps,
+    }
+
+
+class _Recorder(TrainerCallback):
+    """Writes what the trainer reports, shows the progress, evaluates between steps."""
+
+    def __init__(self, loaded: _Run) -> None:
+        self._loaded = loaded
+        self.tokens = 0.0
+        self.progress = Progress(loaded.config.method.name, loaded.max_steps, loaded.folder.resumed_step)
+
+    def on_step(self, step: int, metrics: dict[str, float], window: Window) -> None:
+        """A logged step."""
+        self.progress.show(step, metrics)
+        self.tokens += metrics["train/tokens"]
+        if distributed.rank() > 0:
+            return
+        folder, every = self._loaded.folder, self._loaded.config.train.sample_every_steps
+        folder.append("metrics.jsonl", {"step": step, **metrics})
+        if every and step % every == 0:
+            for sequence in window.sequences[:3]:
+                folder.append("samples.jsonl", _sample(self._loaded, step, sequence))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Evaluate where train.eval_every_steps asks for it; the last step is evaluated as "after"."""
+        every, step = self._loaded.config.train.eval_every_steps, state.global_step
+        if every and step % every == 0 and step < self._loaded.max_steps:
+            metrics, _ = self._loaded.evaluator(self._loaded.student)
+            if distributed.rank() == 0 and metrics:
+                named = {f"eval/{name}": value for name, value in metrics.items()}
+                self._loaded.folder.append("metrics.jsonl", {"step": step, **named})
+
+
+def _sample(loaded: _Run, step: int, sequence: Any) -> dict[str, Any]:
+    ids = sequence.completion_ids
+    return {
+        "step": step,
+        "phase": "train",
+        "prompt": loaded.tokenizer.decode(sequence.prompt_ids),
+        "completion": loaded.tokenizer.decode(ids[:-1] if sequence.finished else ids),
+        "origin": sequence.origin,
+        "finished": sequence.finished,
+    }
+
+
+def _evaluate(loaded: _Run, step: int, phase: str) -> dict[str, float]:
+    metrics, samples = loaded.evaluator(loaded.student)
+    if distributed.rank() == 0:
+        for sample in samples[:8]:
+            loaded.folder.append(
+                "samples.jsonl", {"step": step, "phase": phase, "origin": "student", **sample}
+            )
+        if phase == "after":
+            shown = "\n".join(f"  {s['prompt']!r}\n    -> {s['completion']!r}" for s in samples[:3])
+            log.info("\nSamples after training (greedy):\n%s", shown) if samples else None
+        elif samples:
+            shown = "\n".join(f"  {s['prompt']!r}\n    -> {s['completion']!r}" for s in samples[:3])
+            log.info("Samples before training (greedy):\n%s\n", shown)
+    return metrics
+
+
+def _save_final(loaded: _Run) -> None:
+    """final_model/: what from_pretrained loads. With LoRA the merged model, and final_adapter/ beside it."""
+    folder, model = loaded.folder.path, loaded.student
+    try:
+        if loaded.config.model.student.lora is not None:
+            model.save_pretrained(folder / "final_adapter")
+            model = model.merge_and_unload()
+            loaded.student = model
+        model.save_pretrained(folder / "final_model")
+        loaded.tokenizer.save_pretrained(folder / "final_model")
+    except OSError as error:
+        raise loaded.folder.full("final_model", error) from error
+
+
+def _write_result(loaded: _Run, result: dict[str, Any]) -> None:
+    if distributed.rank() == 0:
+        loaded.folder.write_json("result.json", result)
+
+
+def _finish(loaded: _Run, result: dict[str, Any], started: float) -> dict[str, Any]:
+    """result.json, the table, the report."""
+    result["seconds"] = time.perf_counter() - started
+    result["student_parameters"] = sum(parameter.numel() for parameter in loaded.student.parameters())
+    _write_result(loaded, result)
+    if distributed.rank() == 0:
+        log.info("\n%s\n", format_table(before_after_table(result["before"], result["after"])))
+        report = write_report(loaded.folder.path)
+        log.info("report  %s  (%.0f s)", report, result["seconds"])
+    distributed.barrier()
+    return result
+
+
+def _introduce(loaded: _Run) -> None:
+    """The banner, provenance.json, and what the data lost on its way here."""
+    config, folder = loaded.config, loaded.folder
+    if distributed.rank() > 0:
+        return
+    models = {"student": config.model.student.path, "teacher": config.model.teacher.path}
+    record = provenance(seed=config.run.seed, models=models, data=config.data.path)
+    folder.write_json("provenance.json", {**record, "data": loaded.data.summary})
+    train, group = config.train, config.rollout.group_size
+    rows = [
+        ("student", _model_line(config.model.student.path, loaded.student)),
+        ("teacher", _model_line(config.model.teacher.path, loaded.teacher.model if loaded.teacher else None)),
+        ("method", " ".join(f"{k}={v}" for k, v in config.method.model_dump().items() if v is not None)),
+        (
+            "data",
+            f"{config.data.path or config.data.name}: {len(loaded.data.train)} train, {len(loaded.data.evaluation)} eval rows",
+        ),
+        (
+            "hardware",
+            f"{config.hardware.name}: {config.hardware.world_size} x {config.hardware.device}, {config.hardware.precision}",
+        ),
+        (
+            "a step",
+            f"{train.batch_size} prompts x {group} = {train.batch_size * group} sequences, up to "
+            f"{train.batch_size * group * config.rollout.max_completion_tokens:,} completion tokens; {loaded.max_steps} steps",
+        ),
+        ("writes to", str(folder.path)),
+    ]
+    log.info("\n".join(f"{name:>10}  {text}" for name, text in rows) + "\n")
+    lost = {k: v for k, v in loaded.data.summary.items() if k not in ("rows", "kept") and v}
+    if lost:
+        log.info("data: %s", ", ".join(f"{name} {count}" for name, count in lost.items()))
+    if config.rollout.temperature != 1 or config.rollout.top_p < 1 or config.rollout.top_k:
+        if loaded.method.needs.window:
+            log.warning(
+                "rollout.temperature=%s rollout.top_p=%s: the rollouts are not samples of the student's own "
+                "distribution, so this estimates the KL at sharpened states; set both to 1 for the exact estimator\n",
+                config.rollout.temperature,
+                config.rollout.top_p,
+            )
+    if folder.continues:
+        log.info("continues the interrupted run in %s from step %d\n", folder.path, folder.resumed_step)
+
+
+def _model_line(path: str | None, model: Any) -> str:
+    if model is None:
+        return "none"
+    return f"{path} ({type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters)"
+
+
+def _device(config: Config) -> torch.device:
+    kind = config.hardware.device
+    return torch.device(kind, distributed.local_rank()) if kind == "cuda" else torch.device(kind)
+
+
+def _quieten(config: Config) -> None:
+    """Threads as configured, and the libraries' chatter off: what matters is said by opd."""
+    torch.set_num_threads(config.hardware.threads)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()

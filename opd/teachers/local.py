@@ -1,0 +1,38 @@
+"""A teacher that lies in this process, whole."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from opd.models import hidden_states, read_head
+from opd.objectives import token_logprobs, top_k_scores
+from opd.protocols import Dense, Layout, Scores
+
+
+class LocalTeacher:
+    """A frozen model; `top_k` makes its scores sparse."""
+
+    def __init__(self, model: PreTrainedModel, *, vocab_size: int, top_k: int | None = None) -> None:
+        self.model, self._top_k = model, top_k
+        self._head = read_head(model, vocab_size)
+
+    def score(self, layout: Layout) -> Scores:
+        """Hidden states and head of the loss tokens, or their top-k log-probabilities and tail."""
+        dense = self._dense(layout)
+        if self._top_k is None:
+            return dense
+        with torch.no_grad():
+            return top_k_scores(dense, self._top_k)
+
+    def logprobs(self, layout: Layout) -> Tensor:
+        """log p(targets[n]), (N,)."""
+        with torch.no_grad():
+            return token_logprobs(self._dense(layout), layout.targets)
+
+    def _dense(self, layout: Layout) -> Dense:
+        # The teacher computes in its own dtype: the student's autocast must not reach it.
+        with torch.no_grad(), torch.autocast(layout.input_ids.device.type, enabled=False):
+            hidden = hidden_states(self.model, layout.input_ids, layout.attention_mask)
+        return Dense(hidden.flatten(0, 1)[layout.predictors], self._head)

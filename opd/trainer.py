@@ -1,0 +1,272 @@
+"""The engine: one subclass of transformers.Trainer that trains every method.
+
+It knows a method by what it needs and by the sums it returns, never by name. Per optimizer step: a window (rows,
+rollouts, counts over all ranks), then per micro-batch one forward of the wrapped student, head and loss inside it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import SequentialSampler
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import rotate_checkpoints
+
+from opd import distributed
+from opd.config import Config
+from opd.errors import RunError
+from opd.models import Vocabulary, attach_objective, causal_lm, hidden_states, read_head
+from opd.objectives import token_logprobs
+from opd.protocols import Dense, ExampleSet, Layout, Method, Terms
+from opd.sources import SequenceSource
+from opd.sources.rollouts import evaluation_mode
+from opd.teachers import Teacher
+from opd.window import Window, WindowBuilder
+
+log = logging.getLogger("opd")
+
+
+class DistillationTrainer(Trainer):
+    """Trains `model` by `method`. `on_step(step, metrics, window)` hears of every logged step, on rank 0."""
+
+    loss_is_scaled_for_ga = True  # a micro-batch's loss is its share of the step's: nothing is left to divide
+
+    def __init__(
+        self,
+        config: Config,
+        model: Any,
+        method: Method,
+        *,
+        tokenizer: Any,
+        examples: ExampleSet,
+        source: SequenceSource,
+        teachers: Mapping[str, Teacher],
+        vocabulary: Vocabulary,
+        max_steps: int,
+        on_step: Callable[[int, dict[str, float], Window], None],
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        self.config, self.method, self.teachers, self.vocabulary = config, method, teachers, vocabulary
+        self._on_step, self._metrics, self._maxima = on_step, {}, {}
+        self._staging: Path | None = None
+        attach_objective(model)
+        device = torch.device(config.hardware.device)
+        if config.hardware.device == "cuda":
+            device = torch.device("cuda", int(distributed.local_rank()))
+        self.windows = WindowBuilder(
+            config,
+            method,
+            examples=examples,
+            source=source,
+            teachers=teachers,
+            vocabulary=vocabulary,
+            device=device,
+            student_logprobs=self._student_logprobs,
+        )
+        tickets = list(range(max_steps * self.windows.num_micro_batches * distributed.world_size()))
+        super().__init__(
+            model,
+            training_arguments(config, max_steps, self.windows.num_micro_batches),
+            train_dataset=tickets,  # type: ignore[arg-type]
+            data_collator=_ticket,
+            processing_class=tokenizer,
+            callbacks=[_SkipEmptySteps(self), *(callbacks or [])],
+        )
+
+    def resume(self, checkpoint: Path | None) -> None:
+        """Train to the end, from a checkpoint if there is one."""
+        if checkpoint is not None:
+            self.windows.load(checkpoint)
+        self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, Any]:
+        """The window of the step that comes next. The data loader only counts; rows are addressed by step."""
+        for _ in range(num_batches):
+            next(epoch_iterator)
+        self._step_started = time.perf_counter()
+        self.window = self.windows(self.state.global_step)
+        if len(self.window.batches) != num_batches:
+            raise RunError(
+                f"step {self.state.global_step}: {len(self.window.batches)} micro-batches, not {num_batches}"
+            )
+        return [{"batch": batch} for batch in self.window.batches], None
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """This micro-batch's share of the step's loss, times the number of ranks that the reducer averages over."""
+        batch = inputs["batch"]
+        layout = batch.layout
+        wanted = {name for name, kind in self.method.needs.teachers.items() if kind != "logprobs"}
+        scores = {name: self.teachers[name].score(layout) for name in wanted}
+        inner = causal_lm(model)
+
+        def objective(hidden: Tensor) -> Terms:
+            student = Dense(hidden.flatten(0, 1)[layout.predictors], read_head(inner, self.vocabulary.size))
+            return self.method.loss(student, scores, batch)
+
+        terms = model(input_ids=layout.input_ids, attention_mask=layout.attention_mask, objective=objective)
+        self._note(terms)
+        counts = self.window.counts
+        shares = [
+            term.weight * term.sum / max(counts[term.count], 1e-12)
+            for term in terms.terms
+            if counts[term.count]
+        ]
+        loss = sum(shares) if shares else sum(term.sum * 0.0 for term in terms.terms)
+        return loss * distributed.world_size()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """A logged step under opd's names; Trainer's own closing summary is left out."""
+        if "loss" not in logs:
+            return
+        window, step = self.window, self.state.global_step
+        elapsed = time.perf_counter() - self._step_started
+        record = {
+            "train/loss": logs["loss"],
+            "train/grad_norm": logs["grad_norm"],
+            "train/lr": logs["learning_rate"],
+            "train/tokens": window.counts["loss_tokens"],
+            **self._reduced_metrics(),
+            **window.metrics,
+            "seconds_per_step": elapsed,
+            "tokens_per_second": window.counts["loss_tokens"] / elapsed,
+        }
+        if not math.isfinite(record["train/loss"]):
+            raise RunError(
+                f"step {step}: the loss is {record['train/loss']}; lower train.learning_rate, or train in "
+                "fp32, and continue from the last checkpoint"
+            )
+        self.state.log_history.append({"step": step, **record})
+        self._on_step(step, record, window)
+
+    def _note(self, terms: Terms) -> None:
+        for name, (numerator, denominator) in terms.metrics.items():
+            sums = self._metrics.setdefault(name, [0.0, 0.0])
+            sums[0] += float(numerator)
+            sums[1] += float(denominator)
+        for name, values in terms.maxima.items():
+            top = float(values.max()) if len(values) else -math.inf
+            self._maxima[name] = max(self._maxima.get(name, -math.inf), top)
+
+    def _reduced_metrics(self) -> dict[str, float]:
+        """Σ numerator / Σ denominator over the micro-batches since the last log and all ranks."""
+        names = sorted(self._metrics)
+        sums = distributed.total(torch.tensor([self._metrics[name] for name in names], dtype=torch.float64))
+        reduced = {
+            f"train/{name}": float(pair[0] / pair[1])
+            for name, pair in zip(names, sums, strict=True)
+            if pair[1]
+        }
+        for name in sorted(self._maxima):
+            reduced[f"train/{name}"] = float(distributed.maximum(torch.tensor(self._maxima[name])))
+        self._metrics, self._maxima = {}, {}
+        return reduced
+
+    def _student_logprobs(self, layout: Layout) -> Tensor:
+        inner = causal_lm(self.model)
+        with evaluation_mode(inner), self.compute_loss_context_manager():
+            hidden = hidden_states(inner, layout.input_ids, layout.attention_mask).flatten(0, 1)[
+                layout.predictors
+            ]
+            return token_logprobs(Dense(hidden, read_head(inner, self.vocabulary.size)), layout.targets)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not counted: Trainer's formula knows neither rollouts nor teachers."""
+        return 0
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging) if self._staging else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Written beside its place and moved there when whole: what is called checkpoint-N can be resumed from."""
+        folder = Path(self.args.output_dir)
+        name = f"checkpoint-{self.state.global_step}"
+        self._staging = folder / ".saving"
+        try:
+            if self.args.should_save:
+                shutil.rmtree(self._staging, ignore_errors=True)
+            distributed.barrier()
+            super()._save_checkpoint(model, trial)
+            self.windows.save(self._staging / name)
+            distributed.barrier()
+            if self.args.should_save:
+                shutil.rmtree(folder / name, ignore_errors=True)
+                (self._staging / name).rename(folder / name)
+                self._staging.rmdir()
+                rotate_checkpoints(
+                    output_dir=str(folder), save_total_limit=self.config.train.keep_checkpoints
+                )
+        except (OSError, RuntimeError) as error:
+            # safetensors and torch raise their own types for a full disk; the message is what they share.
+            if isinstance(error, OSError) or "No space left" in str(error) or "iostream" in str(error):
+                raise RunError(
+                    f"run.dir={folder}: {name} could not be saved ({error}); earlier checkpoints are whole: "
+                    "free space and run the same command again"
+                ) from error
+            raise
+        finally:
+            self._staging = None
+
+
+class _SkipEmptySteps(TrainerCallback):
+    """A step without a single loss token on any rank leaves the weights as they are, weight decay included."""
+
+    def __init__(self, trainer: DistillationTrainer) -> None:
+        self._trainer = trainer
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._trainer.window.counts["loss_tokens"] == 0:
+            log.warning("step %d has no loss token: skipped", state.global_step + 1)
+            for parameter in self._trainer.model.parameters():
+                parameter.grad = None
+
+
+def training_arguments(config: Config, max_steps: int, num_micro_batches: int) -> TrainingArguments:
+    """opd's settings as transformers names them; logging, evaluation and trackers are opd's own."""
+    train, hardware = config.train, config.hardware
+    warmup = train.warmup_steps or math.ceil(train.warmup_ratio * max_steps)
+    schedule = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine_with_min_lr"}
+    return TrainingArguments(
+        output_dir=config.run.dir,
+        seed=config.run.seed % 2**32,
+        max_steps=max_steps,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=num_micro_batches,
+        learning_rate=train.learning_rate,
+        optim={"adamw": "adamw_torch", "rmsprop": "rmsprop", "sgd": "sgd"}[train.optimizer],
+        adam_beta1=train.adam_betas[0],
+        adam_beta2=train.adam_betas[1],
+        weight_decay=train.weight_decay,
+        lr_scheduler_type=schedule[train.lr_scheduler],
+        lr_scheduler_kwargs={"min_lr_rate": train.min_lr_ratio} if train.lr_scheduler == "cosine" else None,
+        warmup_steps=warmup,
+        max_grad_norm=train.max_grad_norm,
+        logging_steps=train.log_every_steps,
+        logging_nan_inf_filter=False,
+        save_strategy="steps" if train.save_every_steps else "no",
+        save_steps=train.save_every_steps or 500,
+        bf16=hardware.precision == "bf16",
+        fp16=hardware.precision == "fp16",
+        use_cpu=hardware.device == "cpu",
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        ddp_find_unused_parameters=False,
+    )
+
+
+def _ticket(items: list[int]) -> dict[str, Tensor]:
+    return {"ticket": torch.tensor(items)}

@@ -1,0 +1,28 @@
+"""One rank, started by opd.launch: python -m opd.worker CONFIG.json."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from opd.conditions import validated
+from opd.pipeline import run
+
+
+@record
+def main() -> None:
+    """Join the other ranks and run."""
+    config = validated(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
+    dist.init_process_group("nccl" if config.hardware.device == "cuda" else "gloo")
+    try:
+        run(config)
+    finally:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
