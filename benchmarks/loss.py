@@ -4,7 +4,7 @@ python benchmarks/loss.py                 both sizes, full and ragged, on the CP
 python benchmarks/loss.py --json out.json
 
 Sizes are those of a head and its hidden states; the backbones are left out, so the numbers are the loss alone. Every
-measurement is a process of its own: peak memory is the growth of the resident set over the inputs, and time is the median
+measurement is a process of its own: peak memory is the growth of the resident set over the inputs, time is the median
 of the repetitions. "TRL" is the function its distillation trainer calls, on the same tensors.
 """
 
@@ -139,9 +139,7 @@ def print_row(row: dict) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--betas", type=float, nargs="+", default=[0.0, 0.5, 1.0])

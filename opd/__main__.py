@@ -1,4 +1,4 @@
-"""The front door: compose (Hydra) -> validate -> launch. No torch here, so --help, --cfg and bad input answer at once."""
+"""The front door: compose (Hydra) -> validate -> launch. No torch here: --help, --cfg and bad input answer at once."""
 
 from __future__ import annotations
 
@@ -57,7 +57,10 @@ def _task(composed: Any) -> None:
     from opd.conditions import validated
     from opd.launch import launch
 
-    launch(validated(raw))
+    try:
+        launch(validated(raw))
+    except OpdError as error:  # Hydra would print a line of its own above ours
+        sys.exit(_say(error))
 
 
 def _explain(error: Exception) -> str:
@@ -69,8 +72,11 @@ def _explain(error: Exception) -> str:
         return f"{group}={option}: no such option; {_near(option, options)}"
     if match := re.search(r"Could not override '([^']+)'", text):
         return f"{match[1]}: unknown key; {_near(match[1], _known_keys())}"
-    if match := re.search(r"Missing mandatory value: (\S+)", text):
-        return f"{match[1]}: missing; set {match[1]}=…"
+    if "Missing mandatory value" in text:
+        key = getattr(error, "full_key", None) or "a key"
+        return f"{key}: missing; set {key}=…"
+    if override := getattr(error, "override", None):
+        return f"{override}: not an override; write key=value, and quote what holds special characters"
     return re.sub(r"\s+", " ", text).strip()
 
 
@@ -80,9 +86,7 @@ def _near(word: str, candidates: list[str]) -> str:
     near = get_close_matches(word, candidates, n=1, cutoff=0.6)
     if near:
         return f"did you mean {near[0]}?"
-    return (
-        f"choose from {', '.join(candidates)}" if len(candidates) < 20 else "python -m opd --help lists them"
-    )
+    return f"choose from {', '.join(candidates)}" if len(candidates) < 20 else "python -m opd --help lists them"
 
 
 def _known_keys() -> list[str]:

@@ -35,9 +35,7 @@ def _mode(config: Config) -> list[str]:
 def _models(config: Config) -> list[str]:
     problems = [*_path("model.student", config.model.student), *_path("model.teacher", config.model.teacher)]
     if config.model.student.path is None and config.model.student.recipe is None:
-        problems.append(
-            "model.student.path=None: the student needs a folder or hub id; or model/student=walk"
-        )
+        problems.append("model.student.path=None: the student needs a folder or hub id; or model/student=walk")
     return problems
 
 
@@ -45,17 +43,13 @@ def _path(key: str, model: Model) -> list[str]:
     if model.path is None:
         return []
     path = Path(model.path).expanduser()
-    looks_local = (
-        path.is_absolute() or model.path.startswith((".", "~")) or model.path.count("/") > 1 or path.exists()
-    )
+    looks_local = path.is_absolute() or model.path.startswith((".", "~")) or model.path.count("/") > 1 or path.exists()
     if not looks_local:
         return []  # a hub id
     if not path.is_dir():
         return [f"{key}.path={model.path}: no such folder; give a model folder or a hub id"]
     if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
-        return [
-            f"{key}.path={model.path}: not a model folder (no config.json); give one that save_pretrained wrote"
-        ]
+        return [f"{key}.path={model.path}: not a model folder (no config.json); give one that save_pretrained wrote"]
     return []
 
 
@@ -63,6 +57,10 @@ def _data(config: Config) -> list[str]:
     data = config.data
     if data.name == "file" and data.path is None:
         return ["data.path=None: data=file reads a file; set data.path"]
+    if data.name == "file" and not Path(str(data.path)).is_file():
+        return [
+            f"data.path={data.path}: no such file (looked from {Path.cwd()}); give a .json .jsonl .csv .parquet .txt"
+        ]
     needs = METHODS[config.method.name](config.method).needs
     if data.name == "file" and str(data.path).endswith(".txt") and needs.completions == "required":
         return [
@@ -95,9 +93,7 @@ def _method(config: Config) -> list[str]:
 def _which(config: Config) -> str:
     """The method with the settings that its needs depend on."""
     told = [
-        f"method.{k}={v}"
-        for k, v in config.method.model_dump().items()
-        if k in ("lmbda", "seq_kd", "kd_temperature")
+        f"method.{k}={v}" for k, v in config.method.model_dump().items() if k in ("lmbda", "seq_kd", "kd_temperature")
     ]
     return " ".join([f"method={config.method.name}", *told])
 

@@ -29,22 +29,16 @@ class Run(Schema):
     """Which run this is and where it writes."""
 
     name: str = Field(min_length=1, description="experiment name; part of the default run.dir")
-    dir: str = Field(
-        min_length=1, description="folder of this run; the same command with it continues the run"
-    )
-    seed: Count = Field(
-        description="seed of every addressed draw: order, rollouts, coins, initial student base"
-    )
-    resume: str = Field(
-        description="auto: continue an interrupted run.dir; never: refuse one; or a checkpoint path"
-    )
+    dir: str = Field(min_length=1, description="folder of this run; the same command with it continues the run")
+    seed: Count = Field(description="seed of every addressed draw: order, rollouts, coins, initial student base")
+    resume: str = Field(description="auto: continue an interrupted run.dir; never: refuse one; or a checkpoint path")
 
 
 class LoRA(Schema):
     """Low-rank adapters on the student (peft)."""
 
     r: PositiveInt
-    alpha: float = Field(gt=0)
+    alpha: PositiveInt
     dropout: float = Field(ge=0, lt=1)
     targets: list[str] | Literal["all-linear"]
 
@@ -56,9 +50,7 @@ class WalkRecipe(Schema):
     num_layers: PositiveInt
     num_heads: PositiveInt
     vocab_size: PositiveInt = Field(description="asked of the tokenizer's training; 512 reaches 468 entries")
-    detour_probability: Fraction = Field(
-        description="share of random legal moves in the corpus; never a target"
-    )
+    detour_probability: Fraction = Field(description="share of random legal moves in the corpus; never a target")
     steps: PositiveInt
     batch_size: PositiveInt
     learning_rate: float = Field(gt=0)
@@ -70,14 +62,10 @@ class Model(Schema):
 
     path: str | None = Field(description="folder or hub id")
     revision: str | None = Field(default=None, description="hub revision")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        description="auto: follow hardware.precision"
-    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(description="auto: follow hardware.precision")
     attention: Literal["sdpa", "eager", "flash_attention_2"]
     trust_remote_code: bool
-    chat_template: str | None = Field(
-        default=None, description="file with a chat template that replaces the model's"
-    )
+    chat_template: str | None = Field(default=None, description="file with a chat template that replaces the model's")
     recipe: WalkRecipe | None = None
 
 
@@ -113,16 +101,12 @@ class Data(Schema):
     """Prompts, and the completions some methods need."""
 
     name: Literal["walk", "file"]
-    path: str | None = Field(
-        default=None, description="data=file: .json .jsonl .csv .parquet, or .txt of prompts"
-    )
+    path: str | None = Field(default=None, description="data=file: .json .jsonl .csv .parquet, or .txt of prompts")
     limit: PositiveInt | None = Field(default=None, description="use only the first rows")
     eval_prompts: Count = Field(description="prompts held out for evaluation")
     columns: dict[str, str] = Field(default_factory=dict, description="opd's column: the file's column")
     max_prompt_length: PositiveInt = Field(description="tokens; a longer prompt is dropped and counted")
-    max_completion_length: PositiveInt = Field(
-        description="tokens; a longer data completion is cut and counted"
-    )
+    max_completion_length: PositiveInt = Field(description="tokens; a longer data completion is cut and counted")
 
 
 class Hardware(Schema):
@@ -133,9 +117,7 @@ class Hardware(Schema):
     nodes: PositiveInt
     processes_per_node: PositiveInt
     precision: Literal["fp32", "bf16", "fp16"]
-    threads: PositiveInt = Field(
-        description="CPU threads a process; more than one can be slower on tiny models"
-    )
+    threads: PositiveInt = Field(description="CPU threads a process; more than one can be slower on tiny models")
 
     @property
     def world_size(self) -> int:
@@ -161,9 +143,7 @@ class Train(Schema):
     max_steps: PositiveInt | None = Field(description="optimizer steps; null: num_epochs decides")
     num_epochs: float = Field(gt=0, description="passes over the prompts, if max_steps is null")
     batch_size: PositiveInt = Field(description="prompts in one optimizer step, over all ranks")
-    micro_batch_size: PositiveInt = Field(
-        description="sequences in one forward; changes memory, not the result"
-    )
+    micro_batch_size: PositiveInt = Field(description="sequences in one forward; changes memory, not the result")
     learning_rate: float = Field(gt=0)
     optimizer: Literal["adamw", "rmsprop", "sgd"]
     adam_betas: tuple[float, float] = (0.9, 0.999)
@@ -174,9 +154,7 @@ class Train(Schema):
     min_lr_ratio: Fraction = Field(default=0.0, description="cosine ends at this share of the learning rate")
     max_grad_norm: float = Field(ge=0, description="0: no clipping")
     eval_every_steps: Count = Field(description="0: only before and after")
-    save_every_steps: Count = Field(
-        description="0: no checkpoints, so no resume; the final model is always saved"
-    )
+    save_every_steps: Count = Field(description="0: no checkpoints, so no resume; the final model is always saved")
     keep_checkpoints: PositiveInt
     log_every_steps: PositiveInt
     sample_every_steps: Count = Field(description="write rollouts to samples.jsonl; 0: only before and after")

@@ -67,9 +67,7 @@ class Evaluator:
     def _answer(self, model: Any, rows: Sequence[Example], how: str) -> list[Completion]:
         """Greedy answers, or answers at temperature 1 from the whole distribution."""
         length = self._config.evaluation.max_completion_tokens or self._config.rollout.max_completion_tokens
-        sampling = Sampling(
-            length, temperature=float(how != "greedy"), batch_size=self._config.evaluation.batch_size
-        )
+        sampling = Sampling(length, temperature=float(how != "greedy"), batch_size=self._config.evaluation.batch_size)
         addresses = [(0, f"evaluation_{how}", row.row) for row in rows]
         prompts = [row.prompt_ids for row in rows]
         return sample(model, prompts, addresses=addresses, sampling=sampling, vocabulary=self._vocabulary)
@@ -107,13 +105,11 @@ class Evaluator:
         rows = [row for row in self._rows if row.completion_ids]
         views = [_view(row.prompt_ids, row.completion_ids or [], row.completion_mask) for row in rows]
         for layout in self._layouts(views, model):
-            values = sum_over_tokens(
-                self._dense(model, layout), negative_log_likelihood(layout.targets)
-            ).values
+            values = sum_over_tokens(self._dense(model, layout), negative_log_likelihood(layout.targets)).values
             _add(sums, "eval_loss", float(values.sum()), len(values))
 
     def _divergence(self, model: Any, sampled: Sequence[Completion], sums: Sums) -> None:
-        """forward_kl = KL(teacher ‖ student) on the teacher's answers, reverse_kl = KL(student ‖ teacher) on the student's."""
+        """forward_kl, KL(teacher ‖ student) on the teacher's answers, and reverse_kl on the student's; nats a token."""
         assert self._teacher is not None
         share = -(-self._config.evaluation.divergence_prompts // distributed.world_size())
         rows = self._rows[:share]
@@ -135,9 +131,7 @@ class Evaluator:
 
     def _dense(self, model: Any, layout: Layout) -> Dense:
         with evaluation_mode(model):
-            hidden = hidden_states(model, layout.input_ids, layout.attention_mask).flatten(0, 1)[
-                layout.predictors
-            ]
+            hidden = hidden_states(model, layout.input_ids, layout.attention_mask).flatten(0, 1)[layout.predictors]
         return Dense(hidden, read_head(model, self._vocabulary.size))
 
 
@@ -154,7 +148,5 @@ def _add(sums: Sums, name: str, value: float, count: float = 1.0) -> None:
 def _divide(sums: Sums) -> dict[str, float]:
     # A rank without rows of some kind still has to name the metric; the union of names is agreed by sorting them.
     names = distributed.union(sums)
-    totals = distributed.total(
-        torch.tensor([sums.get(name, [0.0, 0.0]) for name in names], dtype=torch.float64)
-    )
+    totals = distributed.total(torch.tensor([sums.get(name, [0.0, 0.0]) for name in names], dtype=torch.float64))
     return {name: float(pair[0] / pair[1]) for name, pair in zip(names, totals, strict=True) if pair[1]}

@@ -17,9 +17,7 @@ def launch(config: Config) -> None:
             f"RANK={os.environ['RANK']}: opd starts its own ranks; use python -m opd hardware=… without torchrun"
         )
     if config.hardware.nodes > 1:
-        raise ConfigError(
-            f"hardware.nodes={config.hardware.nodes}: several nodes are not built yet; set it to 1"
-        )
+        raise ConfigError(f"hardware.nodes={config.hardware.nodes}: several nodes are not built yet; set it to 1")
     _check_device(config)
     from opd import pipeline
 
@@ -40,7 +38,7 @@ def _check_device(config: Config) -> None:
             f"{torch.cuda.device_count()}; use hardware=cpu_tiny"
         )
     if hardware.device == "mps" and not torch.backends.mps.is_available():
-        raise ConfigError(f"hardware.device=mps: this machine has none; use hardware.device=cpu")
+        raise ConfigError("hardware.device=mps: this machine has none; use hardware.device=cpu")
 
 
 def _start_ranks(config: Config) -> None:
@@ -65,14 +63,10 @@ def _start_ranks(config: Config) -> None:
         monitor_interval=0.2,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
-        logs_specs=DefaultLogsSpecs(
-            log_dir=str(logs), redirects=Std.ALL, tee=Std.ALL, local_ranks_filter={0}
-        ),
+        logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects=Std.ALL, tee=Std.ALL, local_ranks_filter={0}),
     )
     try:
         elastic_launch(settings, sys.executable)("-u", "-m", "opd.worker", str(specification))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        raise RunError(
-            f"rank {rank} failed (exit code {failure.exitcode}): {failure.message}; see {logs}"
-        ) from None
+        raise RunError(f"rank {rank} failed (exit code {failure.exitcode}): {failure.message}; see {logs}") from None

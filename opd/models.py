@@ -56,26 +56,21 @@ def load_tokenizer(model: Model, path: str, key: str) -> PreTrainedTokenizerBase
 def vocabulary_width(model: Model, path: str, key: str) -> int:
     """Rows of the embedding table, read from the config without loading a weight."""
     try:
-        config = AutoConfig.from_pretrained(
-            path, revision=model.revision, trust_remote_code=model.trust_remote_code
-        )
+        config = AutoConfig.from_pretrained(path, revision=model.revision, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{key}={path}: not a model that transformers knows ({_first_line(error)})"
-        ) from None
+        raise ConfigError(f"{key}={path}: not a model that transformers knows ({_first_line(error)})") from None
     return int(config.get_text_config().vocab_size)
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase, path: str, model: Model) -> frozenset[int]:
     """Every id that ends a completion: the tokenizer's eos and those of the model's generation config."""
-    ids = {tokenizer.eos_token_id}
+    ids: list[Any] = [tokenizer.eos_token_id]
     try:
-        config = GenerationConfig.from_pretrained(path, revision=model.revision)
-        more = config.eos_token_id
-        ids |= set(more) if isinstance(more, list) else {more}
+        more = GenerationConfig.from_pretrained(path, revision=model.revision or "main").eos_token_id
+        ids += more if isinstance(more, list) else [more]
     except OSError:
         pass  # many folders have no generation config; the tokenizer's eos stands
-    return frozenset(int(stop) for stop in ids if isinstance(stop, int))
+    return frozenset(stop for stop in ids if isinstance(stop, int))
 
 
 def shared_vocabulary(
@@ -84,17 +79,13 @@ def shared_vocabulary(
     widths: list[int],
     stops: frozenset[int],
 ) -> Vocabulary:
-    """What both models can score. Refuses tokenizers that give one id two meanings; padded tables are cut, not refused."""
+    """What both models can score. Padded embedding tables are cut; tokenizers that differ are refused."""
     size = min(widths)
     if not stops:
-        raise ConfigError(
-            "model.student: its tokenizer has no eos token, so no completion can end; set eos_token"
-        )
+        raise ConfigError("model.student: its tokenizer has no eos token, so no completion can end; set eos_token")
     if teacher is not None:
         mine, theirs = student.get_vocab(), teacher.get_vocab()
-        differing = sorted(
-            token for token in mine.keys() | theirs.keys() if mine.get(token) != theirs.get(token)
-        )
+        differing = sorted(token for token in mine.keys() | theirs.keys() if mine.get(token) != theirs.get(token))
         if differing:
             token = differing[0]
             raise ConfigError(
@@ -126,7 +117,7 @@ def load_model(model: Model, path: str, key: str, *, dtype: torch.dtype) -> PreT
         raise ConfigError(f"{key}={path}: its weights do not load ({_first_line(error)})") from None
 
 
-def build_walk_model(recipe: WalkRecipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def build_walk_model(recipe: WalkRecipe, tokenizer: Any) -> PreTrainedModel:
     """An untrained Llama of the embedded task's shape; its weights depend on recipe.seed alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
@@ -184,7 +175,8 @@ def causal_lm(model: Any) -> PreTrainedModel:
 
 def read_head(model: PreTrainedModel, vocab_size: int | None = None) -> Head:
     """The output head, with what some families do to its logits: Cohere scales, Granite divides, Gemma 2 caps."""
-    layer, config = model.get_output_embeddings(), model.config.get_text_config()
+    layer: Any = model.get_output_embeddings()
+    config = model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
     softcap = getattr(config, "final_logit_softcapping", None)
     return Head(layer.weight, getattr(layer, "bias", None), float(scale), softcap, vocab_size)
@@ -206,9 +198,7 @@ def attach_objective(model: Any) -> None:
     plain = inner.forward
 
     @functools.wraps(plain)
-    def forward(
-        *args: Any, objective: Callable[[Tensor], Result] | None = None, **kwargs: Any
-    ) -> Result | Any:
+    def forward(*args: Any, objective: Callable[[Tensor], Result] | None = None, **kwargs: Any) -> Result | Any:
         if objective is None:
             return plain(*args, **kwargs)
         return objective(hidden_states(inner, kwargs["input_ids"], kwargs["attention_mask"]))

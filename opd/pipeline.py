@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 
 from opd import distributed
-from opd.artifacts.console import Progress, start_logging
+from opd.artifacts.console import Progress, banner, start_logging
 from opd.artifacts.provenance import provenance
 from opd.artifacts.report import write_report
 from opd.artifacts.run_folder import RunFolder
@@ -105,12 +104,10 @@ def _load(config: Config) -> _Run:
     stops = stop_ids(tokenizer, student.path, student)
     vocabulary = shared_vocabulary(tokenizer, teacher_tokenizer, widths, stops)
     data = load_data(config, tokenizer, method.needs, vocabulary.stop_ids)
-    steps = config.train.max_steps or -(
-        -round(len(data.train) * config.train.num_epochs) // config.train.batch_size
-    )
+    steps = config.train.max_steps or -(-round(len(data.train) * config.train.num_epochs) // config.train.batch_size)
 
     device = _device(config)
-    student_model = load_model(student, student.path, "model.student.path", dtype=torch.float32)
+    student_model: Any = load_model(student, student.path, "model.student.path", dtype=torch.float32)
     check_head(student_model, "model.student.path")
     if not method.needs.student_dropout:
         disable_dropout(student_model)
@@ -122,15 +119,12 @@ def _load(config: Config) -> _Run:
     local = None
     if teacher.path is not None:
         dtype = torch.bfloat16 if config.hardware.precision == "bf16" else torch.float32
-        teacher_model = freeze(load_model(teacher, teacher.path, "model.teacher.path", dtype=dtype)).to(
-            device
-        )
+        teacher_model: Any = freeze(load_model(teacher, teacher.path, "model.teacher.path", dtype=dtype))
+        teacher_model.to(device)
         check_head(teacher_model, "model.teacher.path")
         local = LocalTeacher(teacher_model, vocab_size=vocabulary.size, top_k=teacher.top_k)
     evaluator = Evaluator(config, data, tokenizer=tokenizer, vocabulary=vocabulary, teacher=local)
-    return _Run(
-        config, folder, method, tokenizer, vocabulary, data, student_model.to(device), local, evaluator, steps
-    )
+    return _Run(config, folder, method, tokenizer, vocabulary, data, student_model.to(device), local, evaluator, steps)
 
 
 def _train(loaded: _Run) -> dict[str, Any]:
@@ -221,9 +215,7 @@ def _evaluate(loaded: _Run, step: int, phase: str) -> dict[str, float]:
     metrics, samples = loaded.evaluator(loaded.student)
     if distributed.rank() == 0:
         for sample in samples[:8]:
-            loaded.folder.append(
-                "samples.jsonl", {"step": step, "phase": phase, "origin": "student", **sample}
-            )
+            loaded.folder.append("samples.jsonl", {"step": step, "phase": phase, "origin": "student", **sample})
         if phase == "after":
             shown = "\n".join(f"  {s['prompt']!r}\n    -> {s['completion']!r}" for s in samples[:3])
             log.info("\nSamples after training (greedy):\n%s", shown) if samples else None
@@ -273,45 +265,36 @@ def _introduce(loaded: _Run) -> None:
     models = {"student": config.model.student.path, "teacher": config.model.teacher.path}
     record = provenance(seed=config.run.seed, models=models, data=config.data.path)
     folder.write_json("provenance.json", {**record, "data": loaded.data.summary})
-    train, group = config.train, config.rollout.group_size
-    rows = [
-        ("student", _model_line(config.model.student.path, loaded.student)),
-        ("teacher", _model_line(config.model.teacher.path, loaded.teacher.model if loaded.teacher else None)),
-        ("method", " ".join(f"{k}={v}" for k, v in config.method.model_dump().items() if v is not None)),
-        (
-            "data",
-            f"{config.data.path or config.data.name}: {len(loaded.data.train)} train, {len(loaded.data.evaluation)} eval rows",
-        ),
-        (
-            "hardware",
-            f"{config.hardware.name}: {config.hardware.world_size} x {config.hardware.device}, {config.hardware.precision}",
-        ),
-        (
-            "a step",
-            f"{train.batch_size} prompts x {group} = {train.batch_size * group} sequences, up to "
-            f"{train.batch_size * group * config.rollout.max_completion_tokens:,} completion tokens; {loaded.max_steps} steps",
-        ),
-        ("writes to", str(folder.path)),
-    ]
-    log.info("\n".join(f"{name:>10}  {text}" for name, text in rows) + "\n")
-    lost = {k: v for k, v in loaded.data.summary.items() if k not in ("rows", "kept") and v}
+    log.info("%s\n", banner(config, _facts(loaded)))
+    lost = {name: count for name, count in loaded.data.summary.items() if name not in ("rows", "kept") and count}
     if lost:
         log.info("data: %s", ", ".join(f"{name} {count}" for name, count in lost.items()))
-    if config.rollout.temperature != 1 or config.rollout.top_p < 1 or config.rollout.top_k:
-        if loaded.method.needs.window:
-            log.warning(
-                "rollout.temperature=%s rollout.top_p=%s: the rollouts are not samples of the student's own "
-                "distribution, so this estimates the KL at sharpened states; set both to 1 for the exact estimator\n",
-                config.rollout.temperature,
-                config.rollout.top_p,
-            )
+    sharpened = config.rollout.temperature != 1 or config.rollout.top_p < 1 or config.rollout.top_k
+    if sharpened and loaded.method.needs.window:
+        log.warning(
+            "rollout.temperature=%s rollout.top_p=%s: the rollouts are not samples of the student's own "
+            "distribution, so this estimates the KL at sharpened states; set both to 1 for the exact estimator\n",
+            config.rollout.temperature,
+            config.rollout.top_p,
+        )
     if folder.continues:
         log.info("continues the interrupted run in %s from step %d\n", folder.path, folder.resumed_step)
 
 
+def _facts(loaded: _Run) -> dict[str, str]:
+    """What the banner says that the config alone does not know."""
+    teacher = loaded.teacher.model if loaded.teacher else None
+    models = loaded.config.model
+    rows = f"{len(loaded.data.train)} train, {len(loaded.data.evaluation)} eval rows"
+    return {
+        "student": _model_line(models.student.path, loaded.student),
+        "teacher": "none" if teacher is None else _model_line(models.teacher.path, teacher),
+        "data": f"{loaded.config.data.path or loaded.config.data.name}: {rows}",
+        "steps": str(loaded.max_steps),
+    }
+
+
 def _model_line(path: str | None, model: Any) -> str:
-    if model is None:
-        return "none"
     return f"{path} ({type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters)"
 
 

@@ -1,7 +1,7 @@
 """What passes between the rooms: sequences, views of them, scores, terms of a loss.
 
 docs/architecture.md holds these types against every method. Three rules carry the rest: masks come from lengths, never
-from token ids; a loss is a sum with the name of its count, never a mean; nothing has the size [batch, length, vocabulary].
+from token ids; a loss is a sum with the name of its count, never a mean; nothing has the size [batch, length, vocab].
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Example:
     """One row of data, in the student's ids.
 
     `completion_mask[k]` says whether completion token k is a loss token (an assistant turn, say); None: every one is.
-    `completion_ids` is None for a row that only has a prompt. `fields` are the row's own columns, for scoring and reports.
+    `completion_ids` is None for a row that only has a prompt. `fields`: the row's own columns, for scores and samples.
     """
 
     row: int
@@ -42,7 +42,7 @@ class ExampleSet(Protocol):
 
 @dataclass(frozen=True)
 class TokenView:
-    """One model's reading of a sequence. `loss_mask[t]` is true where token t is a target; token 0 is predicted by nothing."""
+    """One model's reading of a sequence. `loss_mask[t]`: token t is a target; token 0 is predicted by nothing."""
 
     ids: list[int]
     loss_mask: list[bool]
@@ -53,8 +53,8 @@ class TokenSequence:
     """A prompt and one completion of it, with where both came from.
 
     `finished`: the completion ends in a real stop token (a truncated rollout does not). `views` holds what models other
-    than the student read, by teacher name; a teacher without an entry reads the student's view. `token_scores` are numbers
-    per loss token, set by the window part of a method: {name: [loss tokens]}.
+    than the student read, by teacher name; a teacher without an entry reads the student's view. `token_scores` are
+    numbers a loss token, set by the window part of a method: {name: [loss tokens]}.
     """
 
     row: int
@@ -71,9 +71,7 @@ class TokenSequence:
     @property
     def student_view(self) -> TokenView:
         """The ids and loss mask that the student sees."""
-        return TokenView(
-            self.prompt_ids + self.completion_ids, [False] * len(self.prompt_ids) + self.completion_mask
-        )
+        return TokenView(self.prompt_ids + self.completion_ids, [False] * len(self.prompt_ids) + self.completion_mask)
 
     @property
     def num_loss_tokens(self) -> int:
@@ -88,9 +86,7 @@ class Layout:
 
     input_ids: Tensor  # (B, T)
     attention_mask: Tensor  # (B, T), from lengths
-    predictors: (
-        Tensor  # (N,) index into the flattened (B·T) positions: the position whose logits score targets[n]
-    )
+    predictors: Tensor  # (N,) index into the flattened (B·T) positions: the position whose logits score targets[n]
     targets: Tensor  # (N,)
     owner: Tensor  # (N,) row in 0..B-1
 
@@ -141,11 +137,14 @@ Scores = Dense | Sparse
 class Batch:
     """A micro-batch: its sequences, laid out for the student, and each loss token's window scores.
 
-    `weights` carries `loss_normalization`: None where every token counts the same.
+    `views` are the layouts of teachers that read something else than the student; their loss tokens are the same, in
+    the same order, unless an alignment says otherwise. `weights` carries `loss_normalization`: None where every
+    token counts the same.
     """
 
     sequences: list[TokenSequence]
     layout: Layout
+    views: dict[str, Layout] = field(default_factory=dict)
     token_scores: dict[str, Tensor] = field(default_factory=dict)  # {name: (N,)}
     weights: Tensor | None = None  # (N,)
 
@@ -217,12 +216,10 @@ class Method(ABC):
         del sequences
         return {}
 
-    def window(
-        self, sequences: Sequence[TokenSequence], total: Callable[[Tensor], Tensor]
-    ) -> dict[str, float]:
+    def window(self, sequences: Sequence[TokenSequence], total: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """Turn "student_logprobs" and "<teacher>_logprobs" of a whole step into further token scores; metrics of it.
 
-        `total` adds a tensor up over all ranks; every rank calls this, so that it may be called. Only if `needs.window`.
+        `total` adds a tensor up over all ranks (every rank calls this). Only if `needs.window`.
         """
         raise NotImplementedError(f"{type(self).__name__} asks for a window and does not use it")
 

@@ -106,7 +106,7 @@ class DistillationTrainer(Trainer):
         batch = inputs["batch"]
         layout = batch.layout
         wanted = {name for name, kind in self.method.needs.teachers.items() if kind != "logprobs"}
-        scores = {name: self.teachers[name].score(layout) for name in wanted}
+        scores = {name: self.teachers[name].score(batch.views.get(name, layout)) for name in wanted}
         inner = causal_lm(model)
 
         def objective(hidden: Tensor) -> Terms:
@@ -116,11 +116,7 @@ class DistillationTrainer(Trainer):
         terms = model(input_ids=layout.input_ids, attention_mask=layout.attention_mask, objective=objective)
         self._note(terms)
         counts = self.window.counts
-        shares = [
-            term.weight * term.sum / max(counts[term.count], 1e-12)
-            for term in terms.terms
-            if counts[term.count]
-        ]
+        shares = [term.weight * term.sum / max(counts[term.count], 1e-12) for term in terms.terms if counts[term.count]]
         loss = sum(shares) if shares else sum(term.sum * 0.0 for term in terms.terms)
         return loss * distributed.world_size()
 
@@ -161,11 +157,7 @@ class DistillationTrainer(Trainer):
         """Σ numerator / Σ denominator over the micro-batches since the last log and all ranks."""
         names = sorted(self._metrics)
         sums = distributed.total(torch.tensor([self._metrics[name] for name in names], dtype=torch.float64))
-        reduced = {
-            f"train/{name}": float(pair[0] / pair[1])
-            for name, pair in zip(names, sums, strict=True)
-            if pair[1]
-        }
+        reduced = {f"train/{name}": float(pair[0] / pair[1]) for name, pair in zip(names, sums, strict=True) if pair[1]}
         for name in sorted(self._maxima):
             reduced[f"train/{name}"] = float(distributed.maximum(torch.tensor(self._maxima[name])))
         self._metrics, self._maxima = {}, {}
@@ -174,9 +166,7 @@ class DistillationTrainer(Trainer):
     def _student_logprobs(self, layout: Layout) -> Tensor:
         inner = causal_lm(self.model)
         with evaluation_mode(inner), self.compute_loss_context_manager():
-            hidden = hidden_states(inner, layout.input_ids, layout.attention_mask).flatten(0, 1)[
-                layout.predictors
-            ]
+            hidden = hidden_states(inner, layout.input_ids, layout.attention_mask).flatten(0, 1)[layout.predictors]
             return token_logprobs(Dense(hidden, read_head(inner, self.vocabulary.size)), layout.targets)
 
     def floating_point_ops(self, inputs: Any) -> int:
@@ -191,7 +181,7 @@ class DistillationTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Written beside its place and moved there when whole: what is called checkpoint-N can be resumed from."""
-        folder = Path(self.args.output_dir)
+        folder = Path(self.config.run.dir)
         name = f"checkpoint-{self.state.global_step}"
         self._staging = folder / ".saving"
         try:
@@ -205,9 +195,7 @@ class DistillationTrainer(Trainer):
                 shutil.rmtree(folder / name, ignore_errors=True)
                 (self._staging / name).rename(folder / name)
                 self._staging.rmdir()
-                rotate_checkpoints(
-                    output_dir=str(folder), save_total_limit=self.config.train.keep_checkpoints
-                )
+                rotate_checkpoints(output_dir=str(folder), save_total_limit=self.config.train.keep_checkpoints)
         except (OSError, RuntimeError) as error:
             # safetensors and torch raise their own types for a full disk; the message is what they share.
             if isinstance(error, OSError) or "No space left" in str(error) or "iostream" in str(error):
@@ -229,8 +217,7 @@ class _SkipEmptySteps(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._trainer.window.counts["loss_tokens"] == 0:
             log.warning("step %d has no loss token: skipped", state.global_step + 1)
-            for parameter in self._trainer.model.parameters():
-                parameter.grad = None
+            self._trainer.optimizer.zero_grad(set_to_none=True)
 
 
 def training_arguments(config: Config, max_steps: int, num_micro_batches: int) -> TrainingArguments:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,7 +42,7 @@ class RowOrder:
 
     def __init__(self, examples: ExampleSet, seed: int) -> None:
         self._examples, self._seed = examples, seed
-        self._passes: dict[int, Sequence[int]] = {}
+        self._passes: dict[int, np.ndarray] = {}
 
     def __getitem__(self, number: int) -> Example:
         epoch, position = divmod(number, len(self._examples))
@@ -103,9 +104,7 @@ class WindowBuilder:
         for substep in range(substeps):
             first = (step + substep) * batch_size + distributed.rank() * self._prompts_per_rank
             numbers = range(first, first + self._prompts_per_rank)
-            sequences, completions = self._source.sequences(
-                [(number, self._order[number]) for number in numbers]
-            )
+            sequences, completions = self._source.sequences([(number, self._order[number]) for number in numbers])
             parts.append(sequences)
             sampled.append(completions)
         metrics = [_rollout_metrics(sequences, done) for sequences, done in zip(parts, sampled, strict=True)]
@@ -113,10 +112,7 @@ class WindowBuilder:
             everything = [sequence for part in parts for sequence in part]
             self._score(everything)
             window_metrics = self._method.window(everything, distributed.total)
-            metrics = [
-                {**own, **{f"train/{name}": value for name, value in window_metrics.items()}}
-                for own in metrics
-            ]
+            metrics = [{**own, **{f"train/{name}": value for name, value in window_metrics.items()}} for own in metrics]
         return list(zip(parts, metrics, strict=True))
 
     @torch.no_grad()
@@ -129,26 +125,29 @@ class WindowBuilder:
         size = self._config.train.micro_batch_size
         for start in range(0, len(sequences), size):
             part = sequences[start : start + size]
-            layout = self._layout(part)
+            layout, views = self._layout(part), self._views(part)
             lengths = [sequence.num_loss_tokens for sequence in part]
             for name, scorer in scorers.items():
-                for sequence, values in zip(part, scorer(layout).cpu().split(lengths), strict=True):
+                values_of = scorer(views.get(name, layout)).cpu().split(lengths)
+                for sequence, values in zip(part, values_of, strict=True):
                     sequence.token_scores[f"{name}_logprobs"] = values
 
-    def _layout(self, sequences: Sequence[TokenSequence]) -> Layout:
-        views = [sequence.student_view for sequence in sequences]
+    def _layout(self, sequences: Sequence[TokenSequence], name: str | None = None) -> Layout:
+        """As the student reads them, or as the teacher of that name does."""
+        views = [sequence.views[name] if name else sequence.student_view for sequence in sequences]
         return lay_out(views, pad_id=self._vocabulary.pad_id, device=self._device)
+
+    def _views(self, sequences: Sequence[TokenSequence]) -> dict[str, Layout]:
+        return {name: self._layout(sequences, name) for name in (sequences[0].views if sequences else ())}
 
     def _batch(self, sequences: list[TokenSequence]) -> Batch:
         names = sequences[0].token_scores if sequences else {}
-        scores = {
-            name: torch.cat([s.token_scores[name] for s in sequences]).to(self._device) for name in names
-        }
+        scores = {name: torch.cat([s.token_scores[name] for s in sequences]).to(self._device) for name in names}
         weights = None
         if self._config.method.loss_normalization == "sequence":
             lengths = [sequence.num_loss_tokens for sequence in sequences]
             weights = torch.tensor([1.0 / n for n in lengths for _ in range(n)], device=self._device)
-        return Batch(sequences, self._layout(sequences), scores, weights)
+        return Batch(sequences, self._layout(sequences), self._views(sequences), scores, weights)
 
     def _normalizing_count(self, sequences: Sequence[TokenSequence]) -> float:
         """What `loss_normalization` divides by, of this rank's sequences."""

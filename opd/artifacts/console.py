@@ -9,6 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from opd import distributed
+from opd.config import Config
 
 log = logging.getLogger("opd")
 
@@ -29,6 +30,24 @@ def start_logging(folder: Path | None = None) -> None:
         file = logging.FileHandler(folder / name, encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(file)
+
+
+def banner(config: Config, facts: dict[str, str]) -> str:
+    """Student, teacher, method, data, machine, tokens a step and where the run writes, a line each."""
+    method = {name: value for name, value in config.method.model_dump().items() if name != "name" and value is not None}
+    hardware, sequences = config.hardware, config.train.batch_size * config.rollout.group_size
+    tokens = sequences * config.rollout.max_completion_tokens
+    lines = {
+        "student": facts["student"],
+        "teacher": facts["teacher"],
+        "method": f"{config.method.name} ({', '.join(f'{name} {value}' for name, value in method.items())})",
+        "data": facts["data"],
+        "hardware": f"{hardware.name}: {hardware.world_size} x {hardware.device}, {hardware.precision}",
+        "a step": f"{config.train.batch_size} prompts x {config.rollout.group_size} = {sequences} sequences, "
+        f"at most {tokens:,} completion tokens; {facts['steps']} steps",
+        "writes to": config.run.dir,
+    }
+    return "\n".join(f"{name:>10}  {text}" for name, text in lines.items())
 
 
 class _TqdmHandler(logging.Handler):

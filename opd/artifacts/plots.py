@@ -116,9 +116,7 @@ def _panels(metrics: list[dict[str, Any]]) -> list[_Panel]:
     )
     return [
         _Panel("loss", "Loss", "loss", losses),
-        _Panel(
-            "divergence", "Divergence from the teacher", "KL (nats)", divergences, may_be_logarithmic=True
-        ),
+        _Panel("divergence", "Divergence from the teacher", "KL (nats)", divergences, may_be_logarithmic=True),
         _Panel("scores", "Task scores", "score", score_curves),
         _Panel("entropy", "Student entropy", "entropy (nats)", (Curve("train/entropy", "entropy", purple),)),
         _Panel(
@@ -128,9 +126,7 @@ def _panels(metrics: list[dict[str, Any]]) -> list[_Panel]:
             (Curve("rollout/length_mean", "mean length", green),),
         ),
         _Panel("shares", "Shares of the rollouts", "fraction of rollouts", shares),
-        _Panel(
-            "grad_norm", "Gradient norm", "gradient norm", (Curve("train/grad_norm", "norm", blue),), True
-        ),
+        _Panel("grad_norm", "Gradient norm", "gradient norm", (Curve("train/grad_norm", "norm", blue),), True),
         _Panel("lr", "Learning rate", "learning rate", (Curve("train/lr", "rate", purple, noisy=False),)),
     ]
 

@@ -124,9 +124,7 @@ def _results(record: RunRecord) -> tuple[tuple[str, str], list[MetricRow]]:
     headers = ("before", "after")
     if not after:
         keys = dict.fromkeys(key for line in record.metrics for key in line if key.startswith("eval/"))
-        curves = {
-            key.removeprefix("eval/"): points for key in keys if (points := series(record.metrics, key))
-        }
+        curves = {key.removeprefix("eval/"): points for key in keys if (points := series(record.metrics, key))}
         first = {name: points[0][1] for name, points in curves.items() if points[0][0] == 0}
         last_step = max((points[-1][0] for points in curves.values()), default=0)
         if last_step > 0:

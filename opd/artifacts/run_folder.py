@@ -16,7 +16,8 @@ from opd.errors import ConfigError, RunError
 
 log = logging.getLogger("opd")
 
-# Keys that may differ between an interrupted run and the command that continues it.
+# Keys that may differ between an interrupted run and the command that continues it; so may the path of a model that
+# a recipe made.
 _FREE = {("mode",), ("run", "resume"), ("run", "dir"), ("tracking",)}
 
 
@@ -37,19 +38,13 @@ class RunFolder:
         if resume not in ("auto", "never"):
             self.checkpoint = Path(resume)
             if not (self.checkpoint / "trainer_state.json").is_file():
-                raise ConfigError(
-                    f"run.resume={resume}: not a checkpoint folder (auto, never, or a checkpoint-N)"
-                )
+                raise ConfigError(f"run.resume={resume}: not a checkpoint folder (auto, never, or a checkpoint-N)")
         if not self.path.exists() or not any(self.path.iterdir()):
             return
         if not (self.path / "config.yaml").is_file():
-            raise ConfigError(
-                f"{key}: not empty, and not a run's folder (no config.yaml); choose another folder"
-            )
+            raise ConfigError(f"{key}: not empty, and not a run's folder (no config.yaml); choose another folder")
         if resume == "never":
-            raise ConfigError(
-                f"{key}: holds a run, and run.resume=never; choose another folder, or run.resume=auto"
-            )
+            raise ConfigError(f"{key}: holds a run, and run.resume=never; choose another folder, or run.resume=auto")
         theirs = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
         differing = _differences(theirs, self._config.model_dump(mode="json"))
         if differing:
@@ -155,10 +150,11 @@ def _finite(value: Any) -> Any:
 
 def _differences(theirs: Any, mine: Any) -> str:
     """'method.beta: 0.5 there, 1.0 here', for up to three keys."""
+    made = {("model", role, "path") for role, model in mine["model"].items() if model["recipe"] is not None}
     found = [
         f"{'.'.join(key)}: {there!r} there, {here!r} here"
         for key, there, here in _walk(theirs, mine, ())
-        if not any(key[: len(free)] == free for free in _FREE)
+        if not any(key[: len(free)] == free for free in _FREE | made)
     ]
     return "; ".join(found[:3]) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
 

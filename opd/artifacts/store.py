@@ -37,7 +37,7 @@ class Store:
         return self._folder / f"{kind}-{hashlib.blake2b(text.encode(), digest_size=6).hexdigest()}"
 
     def get_or_make(self, kind: str, recipe: dict[str, Any], make: Callable[[Path], None]) -> Path:
-        """The artefact's folder. Made beside its place and moved there when whole; a second process waits and reuses it."""
+        """The artefact's folder: made beside its place, moved there when whole. A second process waits."""
         place = self.address(kind, recipe)
         if place.is_dir():
             return place

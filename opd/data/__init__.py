@@ -31,10 +31,11 @@ class DataSet:
     summary: dict[str, Any] = field(default_factory=dict)
 
 
-def load_data(
-    config: Config, tokenizer: PreTrainedTokenizerBase, needs: Needs, stop_ids: frozenset[int]
-) -> DataSet:
-    """The rows that `data` names, in the student's ids, as the method reads them. Refuses fewer rows than a step needs."""
+def load_data(config: Config, tokenizer: PreTrainedTokenizerBase, needs: Needs, stop_ids: frozenset[int]) -> DataSet:
+    """The rows that `data` names, in the student's ids, as the method reads them.
+
+    Refuses fewer rows than a step needs.
+    """
     load = {"walk": _walk, "file": _file}[config.data.name]
     data = load(config, tokenizer, needs, stop_ids)
     if len(data.train) < config.train.batch_size:
@@ -46,25 +47,23 @@ def load_data(
 
 
 def _counts(settings: Data, data: DataSet) -> str:
-    return f"{data.summary.get('rows', len(data.train))} rows, {len(data.evaluation)} held out by data.eval_prompts={settings.eval_prompts}"
+    rows, held_out = data.summary.get("rows", len(data.train)), len(data.evaluation)
+    return f"{rows} rows, {held_out} held out by data.eval_prompts={settings.eval_prompts}"
 
 
-def _walk(
-    config: Config, tokenizer: PreTrainedTokenizerBase, needs: Needs, stop_ids: frozenset[int]
-) -> DataSet:
+def _walk(config: Config, tokenizer: PreTrainedTokenizerBase, needs: Needs, stop_ids: frozenset[int]) -> DataSet:
     del needs, stop_ids
     task, settings = WalkTask(), config.data
     train = task.train(tokenizer, settings.limit or 6941, config.run.seed)
     if not settings.eval_prompts:
         return DataSet(train, [], task.score, summary={"rows": len(train)})
-    evaluation = list(task.evaluation(tokenizer, settings.eval_prompts))
+    held_out = task.evaluation(tokenizer, settings.eval_prompts)
+    evaluation = [held_out[row] for row in range(len(held_out))]
     probes = task.probes(tokenizer, settings.eval_prompts)
     return DataSet(train, evaluation, task.score, dict(probes), {"rows": len(train), "kept": len(train)})
 
 
-def _file(
-    config: Config, tokenizer: PreTrainedTokenizerBase, needs: Needs, stop_ids: frozenset[int]
-) -> DataSet:
+def _file(config: Config, tokenizer: PreTrainedTokenizerBase, needs: Needs, stop_ids: frozenset[int]) -> DataSet:
     settings = config.data
     assert settings.path is not None
     examples = load_examples(
@@ -84,9 +83,7 @@ def _file(
         )
     train, evaluation = examples, []
     if settings.eval_prompts:
-        train, held_out = split_evaluation(
-            examples, settings.eval_prompts, config.run.seed, key="data.eval_prompts"
-        )
+        train, held_out = split_evaluation(examples, settings.eval_prompts, config.run.seed, key="data.eval_prompts")
         evaluation = [example for example in held_out if example.prompt_ids]
     return DataSet(train, evaluation, _exact_match(tokenizer, stop_ids), summary=examples.summary)
 

@@ -146,9 +146,7 @@ class _Renderer:
         if not in_text:
             remedy = "end the generation prompt in a line break or a special token"
             return self.refusal(f"{problem}: a token reaches across the boundary of the turn", remedy)
-        problem += (
-            ": what it opens the assistant's turn with (<think>, say) is not how the finished turn begins"
-        )
+        problem += ": what it opens the assistant's turn with (<think>, say) is not how the finished turn begins"
         return self.refusal(problem, "set a chat template that shows a finished turn as it was sampled")
 
     def unstable_history(self, turn: int) -> ConfigError:
@@ -185,9 +183,7 @@ class _Renderer:
     def template(self, messages: list[Message], *, open_turn: bool) -> str:
         """The rendered text; `open_turn` writes the header of the assistant's next turn behind it."""
         try:
-            text = self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=open_turn, tokenize=False
-            )
+            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=open_turn, tokenize=False)
         except (jinja2.TemplateError, TypeError) as error:
             problem = f"the chat template refuses this row ({error})"
             raise self.refusal(problem, "change the row's messages, or the template") from error

@@ -16,9 +16,7 @@ def lay_out(views: Sequence[TokenView], *, pad_id: int, device: torch.device | s
     """
     width = max((len(view.ids) for view in views), default=1)
     rest = [width - len(view.ids) for view in views]
-    input_ids = torch.tensor(
-        [view.ids + [pad_id] * n for view, n in zip(views, rest, strict=True)], dtype=torch.long
-    )
+    input_ids = torch.tensor([view.ids + [pad_id] * n for view, n in zip(views, rest, strict=True)], dtype=torch.long)
     loss_mask = torch.tensor([view.loss_mask + [False] * n for view, n in zip(views, rest, strict=True)])
     attention_mask = (torch.arange(width) < torch.tensor([[len(view.ids)] for view in views])).long()
     owner, position = loss_mask[:, 1:].nonzero(as_tuple=True)  # position t predicts token t+1

@@ -32,9 +32,7 @@ class RunningText:
     text: str
 
 
-def read_columns(
-    fields: Mapping[str, Any], turns: Literal["all", "last"], place: str
-) -> Conversation | RunningText:
+def read_columns(fields: Mapping[str, Any], turns: Literal["all", "last"], place: str) -> Conversation | RunningText:
     """The row as the first it has of `messages`, `prompt` (with or without `completion`) and `text`.
 
     `place` says which row of which file; it opens the ConfigError, which is one line.

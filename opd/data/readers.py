@@ -59,14 +59,10 @@ def read_rows(path: Path, *, limit: int | None, key: str = "data.path") -> Rows:
                 break
     except UnicodeDecodeError as error:
         line = _first_line_that_is_not_utf8(path)
-        raise _refusal(
-            key, path, f"line {line} is not UTF-8", "save the file as UTF-8 (iconv can)"
-        ) from error
+        raise _refusal(key, path, f"line {line} is not UTF-8", "save the file as UTF-8 (iconv can)") from error
     except OSError as error:
         reason = error.strerror or str(error)
-        raise _refusal(
-            key, path, f"cannot be read ({reason})", "check the path and its permissions"
-        ) from error
+        raise _refusal(key, path, f"cannot be read ({reason})", "check the path and its permissions") from error
     if not rows:
         raise _refusal(key, path, "the file has no rows", "give a file with at least one")
     return rows
@@ -85,9 +81,7 @@ def _check_readable(path: Path, key: str) -> None:
         raise _refusal(key, path, "no such file", _where_it_may_be(path))
     if path.suffix.lower() not in _READERS:
         ending = repr(path.suffix) if path.suffix else "no extension"
-        raise _refusal(
-            key, path, f"cannot tell the format from {ending}", f"convert or rename to one of {known}"
-        )
+        raise _refusal(key, path, f"cannot tell the format from {ending}", f"convert or rename to one of {known}")
     if not path.is_file():
         raise _refusal(key, path, "is not a regular file", "write the rows to a file first")
     if path.stat().st_size == 0:

@@ -105,18 +105,14 @@ class WalkPrompts(_References):
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, num_prompts: int = 512, seed: int = 0) -> None:
-        super().__init__(
-            tokenizer, _first(training_pairs(), num_prompts, "data.limit"), REFERENCE_SEED + seed
-        )
+        super().__init__(tokenizer, _first(training_pairs(), num_prompts, "data.limit"), REFERENCE_SEED + seed)
 
 
 class WalkEval(_References):
     """The first `num_prompts` of the 512 evaluation pairs, one shortest walk each, the same in every run."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, num_prompts: int = NUM_EVALUATION_PAIRS) -> None:
-        super().__init__(
-            tokenizer, _first(evaluation_pairs(), num_prompts, "data.eval_prompts"), REFERENCE_SEED
-        )
+        super().__init__(tokenizer, _first(evaluation_pairs(), num_prompts, "data.eval_prompts"), REFERENCE_SEED)
 
 
 class WalkCorpus:
@@ -251,9 +247,7 @@ class WalkTask:
         """The student's training set."""
         return WalkPrompts(tokenizer, num_prompts, seed)
 
-    def evaluation(
-        self, tokenizer: PreTrainedTokenizerBase, num_prompts: int = NUM_EVALUATION_PAIRS
-    ) -> WalkEval:
+    def evaluation(self, tokenizer: PreTrainedTokenizerBase, num_prompts: int = NUM_EVALUATION_PAIRS) -> WalkEval:
         """The held-out prompts."""
         return WalkEval(tokenizer, num_prompts)
 

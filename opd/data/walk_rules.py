@@ -65,9 +65,7 @@ def optimal_moves(goal: int) -> tuple[tuple[int, ...], ...]:
     """The moves that come one nearer to `goal`, indexed by the number one is at; none at the goal."""
     distance = distances(goal)
     return tuple(
-        tuple(move for move in legal_moves(state) if distance[move] < distance[state])
-        if state in NUMBERS
-        else ()
+        tuple(move for move in legal_moves(state) if distance[move] < distance[state]) if state in NUMBERS else ()
         for state in range(NUMBERS.stop)
     )
 
@@ -75,10 +73,7 @@ def optimal_moves(goal: int) -> tuple[tuple[int, ...], ...]:
 @cache
 def _shuffled_pairs() -> tuple[Pair, ...]:
     pairs = [
-        (start, goal)
-        for start in NUMBERS
-        for goal in NUMBERS
-        if MIN_DISTANCE <= distances(goal)[start] <= MAX_DISTANCE
+        (start, goal) for start in NUMBERS for goal in NUMBERS if MIN_DISTANCE <= distances(goal)[start] <= MAX_DISTANCE
     ]
     random.Random(0).shuffle(pairs)
     return tuple(pairs)
@@ -110,9 +105,7 @@ def optimal_path(start: int, goal: int, rng: UniformSource) -> list[int]:
     return path
 
 
-def detour_trace(
-    start: int, goal: int, rng: UniformSource, probability: float
-) -> tuple[list[int], list[bool]]:
+def detour_trace(start: int, goal: int, rng: UniformSource, probability: float) -> tuple[list[int], list[bool]]:
     """A walk, and whether each of its numbers is a detour: drawn from all legal moves, good or bad.
 
     Each move is a detour with `probability`, else uniform among the optimal ones. Training leaves detours out
@@ -160,9 +153,7 @@ def score(start: int, goal: int, text: str, finished: bool, prefix: str = "") ->
 def _parse_path(text: str) -> list[int] | None:
     """The numbers of an answer; None unless it is two-digit numbers between single spaces."""
     pieces = text.split(" ")
-    if not all(
-        re.fullmatch("[1-9][0-9]", piece) for piece in pieces
-    ):  # int() also takes "+26", "2_6", "２６"
+    if not all(re.fullmatch("[1-9][0-9]", piece) for piece in pieces):  # int() also takes "+26", "2_6", "２６"
         return None
     return [int(piece) for piece in pieces]
 

@@ -31,9 +31,7 @@ def build_tokenizer(vocab_size: int = 512) -> PreTrainedTokenizerFast:
     no unk; end is not pad, so it can be a target.
     """
     if vocab_size < MIN_VOCAB_SIZE:
-        raise ConfigError(
-            f"vocab_size of the walk tokenizer must be at least {MIN_VOCAB_SIZE}, got {vocab_size}"
-        )
+        raise ConfigError(f"vocab_size of the walk tokenizer must be at least {MIN_VOCAB_SIZE}, got {vocab_size}")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()

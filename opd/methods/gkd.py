@@ -21,9 +21,7 @@ class GKD(Method):
         """conf/method/gkd.yaml."""
 
         name: Literal["gkd"]
-        beta: Fraction = Field(
-            description="0: forward KL, 1: reverse KL, between: generalised Jensen-Shannon"
-        )
+        beta: Fraction = Field(description="0: forward KL, 1: reverse KL, between: generalised Jensen-Shannon")
         lmbda: Fraction = Field(description="the paper's λ: share of rows completed by the student")
         seq_kd: bool = Field(description="complete the other rows with the teacher instead of the data")
         kd_temperature: float = Field(gt=0, description="divides both models' logits in the loss")

@@ -49,17 +49,11 @@ class ReverseKL(Method):
         """Always the student."""
         return "student"
 
-    def window(
-        self, sequences: Sequence[TokenSequence], total: Callable[[Tensor], Tensor]
-    ) -> dict[str, float]:
+    def window(self, sequences: Sequence[TokenSequence], total: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """Set "advantages" of every sequence; centring and the metrics are over all loss tokens of all ranks."""
         config = self.config
-        student, mask = objectives.pad_rows(
-            [sequence.token_scores["student_logprobs"] for sequence in sequences]
-        )
-        teacher, _ = objectives.pad_rows(
-            [sequence.token_scores["teacher_logprobs"] for sequence in sequences]
-        )
+        student, mask = objectives.pad_rows([sequence.token_scores["student_logprobs"] for sequence in sequences])
+        teacher, _ = objectives.pad_rows([sequence.token_scores["teacher_logprobs"] for sequence in sequences])
         advantages = objectives.reverse_kl_advantages(
             student, teacher, mask, kl_coef=config.kl_coef, kl_discount=config.kl_discount
         )

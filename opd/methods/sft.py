@@ -18,9 +18,7 @@ class SFT(Method):
         """conf/method/sft.yaml."""
 
         name: Literal["sft"]
-        loss_on: Literal["assistant", "last_assistant"] = Field(
-            description="which assistant turns are learnt"
-        )
+        loss_on: Literal["assistant", "last_assistant"] = Field(description="which assistant turns are learnt")
 
     @property
     def needs(self) -> Needs:

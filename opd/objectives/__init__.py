@@ -4,37 +4,27 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from opd.objectives.divergence import divergence_loss, generalized_jsd, top_k_scores
-    from opd.objectives.fused import Summed, sum_over_tokens, token_logprobs
-    from opd.objectives.likelihood import negative_log_likelihood
-    from opd.objectives.policy_gradient import (
-        center_advantages,
-        discounted_future_sum,
-        mean_and_std,
-        pad_rows,
-        policy_gradient_loss,
-        reverse_kl_advantages,
-    )
+    from opd.objectives.divergence import divergence_loss as divergence_loss
+    from opd.objectives.divergence import generalized_jsd as generalized_jsd
+    from opd.objectives.divergence import top_k_scores as top_k_scores
+    from opd.objectives.fused import Summed as Summed
+    from opd.objectives.fused import sum_over_tokens as sum_over_tokens
+    from opd.objectives.fused import token_logprobs as token_logprobs
+    from opd.objectives.likelihood import negative_log_likelihood as negative_log_likelihood
+    from opd.objectives.policy_gradient import center_advantages as center_advantages
+    from opd.objectives.policy_gradient import discounted_future_sum as discounted_future_sum
+    from opd.objectives.policy_gradient import mean_and_std as mean_and_std
+    from opd.objectives.policy_gradient import pad_rows as pad_rows
+    from opd.objectives.policy_gradient import policy_gradient_loss as policy_gradient_loss
+    from opd.objectives.policy_gradient import reverse_kl_advantages as reverse_kl_advantages
 
-_HOMES = {
-    "divergence_loss": "divergence",
-    "generalized_jsd": "divergence",
-    "top_k_scores": "divergence",
-    "Summed": "fused",
-    "sum_over_tokens": "fused",
-    "token_logprobs": "fused",
-    "negative_log_likelihood": "likelihood",
-    "center_advantages": "policy_gradient",
-    "discounted_future_sum": "policy_gradient",
-    "mean_and_std": "policy_gradient",
-    "pad_rows": "policy_gradient",
-    "policy_gradient_loss": "policy_gradient",
-    "reverse_kl_advantages": "policy_gradient",
-}
-__all__ = list(_HOMES)
+_ROOMS = ("divergence", "fused", "likelihood", "policy_gradient")
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    if not name.startswith("_") and name not in _ROOMS:
+        for room in _ROOMS:
+            module = import_module(f"{__name__}.{room}")
+            if getattr(module, name, None) is not None and getattr(module, name).__module__ == module.__name__:
+                return getattr(module, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

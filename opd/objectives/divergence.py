@@ -86,7 +86,7 @@ class _GeneralizedJSD(torch.autograd.Function):
     """Closed-form gradient: ∂D/∂z_v = s_v (g_v - Σ_u s_u g_u) / τ with g = (1-β) log(s/m), or log(s/t) at β = 1."""
 
     @staticmethod
-    def forward(ctx, student_logits, teacher_logits, beta: float, temperature: float):  # noqa: D102
+    def forward(ctx, student_logits, teacher_logits, beta: float, temperature: float):
         student, student_logprobs = _distribution(student_logits, temperature)
         teacher, teacher_logprobs = _distribution(teacher_logits, temperature)
         log_ratio = teacher_logprobs - student_logprobs
@@ -110,7 +110,7 @@ class _GeneralizedJSD(torch.autograd.Function):
         return (value.clone() if beta in (0, 1) else value), forward_kl, reverse_kl, entropy
 
     @staticmethod
-    def backward(ctx, grad_value, *_):  # noqa: D102
+    def backward(ctx, grad_value, *_):
         (grad,) = ctx.saved_tensors
         return grad * grad_value[:, None], None, None, None
 

@@ -1,8 +1,9 @@
-"""Sums over loss tokens of any function of the logits, without ever holding the logits.
+"""Sums over loss tokens of any function of the logits, without ever holding all logits.
 
-The head is applied to a few tokens at a time; their loss, its gradient with respect to the hidden states and to the head
-are formed at once, and the logits are dropped. What is kept is two buffers, [tokens, hidden] and (if the head trains)
-[vocabulary, hidden], whatever the number of tokens. Arithmetic on logits is in float32, in float64 if the inputs are.
+The head is applied to a few tokens at a time; their loss, its gradient with respect to the hidden states and to the
+head are formed at once, and the logits are dropped. What is kept is two buffers, [tokens, hidden] and (if the head
+trains) [vocabulary, hidden], whatever the number of tokens. Arithmetic on logits is in float32, or in float64 if the
+inputs are.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Summed:
     values: Tensor  # (N,)
     metrics: dict[str, Tensor]  # {name: (N,)}
 
-    def means(self, *names: str) -> dict[str, tuple[Tensor, int]]:
+    def means(self, *names: str) -> dict[str, tuple[Tensor | float, Tensor | float]]:
         """(sum, number of tokens) of these metrics; one that this loss did not produce is left out."""
         return {name: (self.metrics[name].sum(), len(self.values)) for name in names if name in self.metrics}
 
@@ -52,13 +53,11 @@ def sum_over_tokens(student: Dense, token_loss: TokenLoss, *, weights: Tensor | 
 
 def token_logprobs(student: Dense, targets: Tensor) -> Tensor:
     """log π(targets[n]) in nats, (N,). Without gradient: for old policies, references and teachers."""
-    return torch.cat(
-        [_gathered_logprobs(final_logits(student, rows), targets[rows]) for rows in tiles(student)]
-    )
+    return torch.cat([_gathered_logprobs(final_logits(student, rows), targets[rows]) for rows in tiles(student)])
 
 
 def head_logits(scores: Dense, rows: slice) -> Tensor:
-    """Raw output of the head for some tokens, (n, V), in the precision the loss is computed in; before scale and cap."""
+    """The head's output for some tokens, (n, V), before scale and cap, in the precision of the loss."""
     hidden, head = scores.hidden[rows], scores.head
     if head.weight is None:
         logits = hidden[:, : head.vocab_size]
@@ -93,9 +92,7 @@ def tiles(scores: Dense) -> Iterator[slice]:
     """Rows to work on at a time. No tokens are one empty tile, so that results keep their dtype and their names."""
     hidden, head = scores.hidden, scores.head
     columns = hidden.shape[1] if head.weight is None else head.weight.shape[0]
-    size = max(
-        16, _TILE_BYTES.get(hidden.device.type, 2**24) // (4 * min(columns, head.vocab_size or columns))
-    )
+    size = max(16, _TILE_BYTES.get(hidden.device.type, 2**24) // (4 * min(columns, head.vocab_size or columns)))
     return (slice(start, min(start + size, len(hidden))) for start in range(0, max(1, len(hidden)), size))
 
 
@@ -103,7 +100,7 @@ class _SumOverTokens(torch.autograd.Function):
     """Forms the gradient in the forward pass; backward only scales it."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, head: Head, token_loss: TokenLoss, weights, collected):  # noqa: D102
+    def forward(ctx, hidden, weight, bias, head: Head, token_loss: TokenLoss, weights, collected):
         scores = Dense(hidden.detach(), head)
         grads = [
             torch.zeros_like(tensor) if needed else None
@@ -126,7 +123,7 @@ class _SumOverTokens(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx, grad_total):  # noqa: D102
+    def backward(ctx, grad_total):
         return (
             *(None if grad is None else grad * grad_total.to(grad.dtype) for grad in ctx.saved_tensors),
             *[None] * 4,

@@ -16,9 +16,7 @@ def negative_log_likelihood(targets: Tensor) -> TokenLoss:
         logprobs = logits.log_softmax(1)
         with torch.no_grad():
             hits = (logits.argmax(1) == wanted).to(logits.dtype)
-            entropy = -torch.linalg.vecdot(
-                logprobs.exp(), logprobs.clamp(min=torch.finfo(logprobs.dtype).min / 4)
-            )
+            entropy = -torch.linalg.vecdot(logprobs.exp(), logprobs.clamp(min=torch.finfo(logprobs.dtype).min / 4))
         return -logprobs.gather(1, wanted[:, None]).squeeze(1), {
             "mean_token_accuracy": hits,
             "entropy": entropy,

@@ -14,9 +14,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 
-def discounted_future_sum(
-    values: Float[Tensor, "*batch time"], discount: float
-) -> Float[Tensor, "*batch time"]:
+def discounted_future_sum(values: Float[Tensor, "*batch time"], discount: float) -> Float[Tensor, "*batch time"]:
     """y_t = x_t + γ y_{t+1} along the last axis, nothing after its end. γ = 0 returns the values themselves."""
     if discount == 0:
         return values.clone()
@@ -90,9 +88,7 @@ def policy_gradient_loss(
             advantages[rows].to(logits.dtype),
         )
         with torch.no_grad():
-            entropy = -torch.linalg.vecdot(
-                logprobs.exp(), logprobs.clamp(min=torch.finfo(logprobs.dtype).min / 4)
-            )
+            entropy = -torch.linalg.vecdot(logprobs.exp(), logprobs.clamp(min=torch.finfo(logprobs.dtype).min / 4))
         if old_logprobs is None:
             return -advantage * chosen, {"entropy": entropy}
         ratio = (chosen - old_logprobs[rows].to(logits.dtype)).exp()

@@ -31,19 +31,13 @@ class SequenceSource:
         self._sampling, self._vocabulary = sampling, vocabulary
         self._group_size, self._seed = group_size, seed
 
-    def sequences(
-        self, prompts: Sequence[tuple[int, Example]]
-    ) -> tuple[list[TokenSequence], list[Completion]]:
+    def sequences(self, prompts: Sequence[tuple[int, Example]]) -> tuple[list[TokenSequence], list[Completion]]:
         """`group_size` sequences a prompt, in order, and the completions that were sampled for them.
 
         `prompts` are (number of the prompt in the whole run, its row); the number addresses coin and rollout.
         """
-        slots = [
-            (number, member, example) for number, example in prompts for member in range(self._group_size)
-        ]
-        origins = [
-            self._method.origin(coin(self._seed, "lmbda", number, member)) for number, member, _ in slots
-        ]
+        slots = [(number, member, example) for number, example in prompts for member in range(self._group_size)]
+        origins = [self._method.origin(coin(self._seed, "lmbda", number, member)) for number, member, _ in slots]
         made: dict[int, TokenSequence] = {}
         sampled: list[Completion] = []
         for origin in ("student", "teacher"):
@@ -78,6 +72,4 @@ class SequenceSource:
         completion = example.completion_ids or []
         mask = example.completion_mask if example.completion_mask is not None else [True] * len(completion)
         finished = bool(completion) and completion[-1] in self._vocabulary.stop_ids
-        return TokenSequence(
-            example.row, example.prompt_ids, completion, mask, finished=finished, member=member
-        )
+        return TokenSequence(example.row, example.prompt_ids, completion, mask, finished=finished, member=member)

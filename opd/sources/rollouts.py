@@ -54,9 +54,7 @@ def sample(
     with evaluation_mode(model):
         for start in range(0, len(order), sampling.batch_size):
             chosen = order[start : start + sampling.batch_size]
-            uniforms = np.stack(
-                [generator(*addresses[i]).random(sampling.max_completion_tokens) for i in chosen]
-            )
+            uniforms = np.stack([generator(*addresses[i]).random(sampling.max_completion_tokens) for i in chosen])
             batch = _sample_batch(model, [prompts[i] for i in chosen], uniforms, sampling, vocabulary)
             completions.update(zip(chosen, batch, strict=True))
     return [completions[i] for i in range(len(prompts))]

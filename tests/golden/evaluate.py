@@ -1,7 +1,7 @@
 """Reproduces a golden case with the code that trains: the same methods, layouts and fused sums.
 
-A case is an entry of MANIFEST.json; its arrays are named in_* and out_*. Labels and tokens are not shifted: -100 marks a
-token that is not a target, and the logits at position t - 1 score the label at t.
+A case is an entry of MANIFEST.json; its arrays are named in_* and out_*. Labels and tokens are not shifted: -100
+marks a token that is not a target, and the logits at position t - 1 score the label at t.
 """
 
 from __future__ import annotations
@@ -75,8 +75,7 @@ def _reverse_kl(params: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str,
         sequence.token_scores = {"student_logprobs": old[row, positions], "teacher_logprobs": teacher[mine]}
     metrics = method.window(sequences, lambda tensor: tensor)
     scores = {
-        name: torch.cat([sequence.token_scores[name] for sequence in sequences])
-        for name in sequences[0].token_scores
+        name: torch.cat([sequence.token_scores[name] for sequence in sequences]) for name in sequences[0].token_scores
     }
     outputs = _loss_and_grad(method, student, {}, Batch(sequences, layout, scores), None)
     advantages = _spread(scores["advantages"], layout, student)
@@ -102,7 +101,7 @@ def _method(name: str, **settings: Any) -> Method:
 
 
 def _lay_out(labels: Tensor, tokens: Tensor | None = None) -> tuple[list[TokenSequence], Layout]:
-    """Sequences and layout as training makes them: a completion starts at the first target, its mask is the labels'."""
+    """Sequences and layout as training makes them: a completion starts at the first target."""
     ids = labels.clamp(min=0) if tokens is None else tokens
     rows, length = labels.shape
     is_target = labels != IGNORED
@@ -110,9 +109,7 @@ def _lay_out(labels: Tensor, tokens: Tensor | None = None) -> tuple[list[TokenSe
     for row in range(rows):
         start = int(is_target[row].nonzero()[0]) if is_target[row].any() else length
         sequence = ids[row].tolist()
-        sequences.append(
-            TokenSequence(row, sequence[:start], sequence[start:], is_target[row, start:].tolist())
-        )
+        sequences.append(TokenSequence(row, sequence[:start], sequence[start:], is_target[row, start:].tolist()))
     owner, position = is_target[:, 1:].nonzero(as_tuple=True)
     layout = Layout(
         input_ids=ids,
@@ -136,7 +133,7 @@ def _loss_and_grad(
     num_items: int | None,
     vocab_size: int | None = None,
 ) -> dict[str, Tensor]:
-    """Σ weight · sum / count, and its gradient with respect to all the logits. No tokens: the count is 1, the sum 0."""
+    """Σ weight · sum / count, and its gradient with respect to all the logits. No tokens: 0 / 1."""
     leaf = logits.clone().requires_grad_()
     terms = method.loss(_rows(leaf, batch.layout, vocab_size), teachers, batch).terms
     tokens = sum(sequence.num_loss_tokens for sequence in batch.sequences)

@@ -1,7 +1,7 @@
-"""Policy gradients are right in expectation: checked by enumerating every sequence of a small tabular language.
+"""Policy gradients are right in expectation: every sequence of a small tabular language is enumerated.
 
-The student is a table of logits: a row for each prefix of up to two tokens, of four. The expectation over its 64
-sequences of what ReverseKL accumulates is compared with autograd of the divergences that it is meant to descend.
+The student is a table of logits: a row for each prefix of up to two tokens, of four. The expectation, over its 64
+sequences, of what ReverseKL accumulates is compared with autograd of the divergences that it is to descend.
 """
 
 from __future__ import annotations
@@ -53,9 +53,7 @@ def prefix_probabilities(table):
     """Probability of reaching each prefix."""
     return torch.stack(
         [
-            torch.stack(
-                [table.softmax(1)[ROW[prefix[:step]], prefix[step]] for step in range(len(prefix))]
-            ).prod()
+            torch.stack([table.softmax(1)[ROW[prefix[:step]], prefix[step]] for step in range(len(prefix))]).prod()
             if prefix
             else torch.ones((), dtype=table.dtype)
             for prefix in PREFIXES
@@ -105,9 +103,7 @@ def expected_gradient(method, student, old, teacher):
 
 
 @pytest.mark.parametrize("importance_ratio", [True, False])
-def test_without_discount_it_is_the_gradient_of_the_token_kl_at_the_visited_prefixes(
-    tables, importance_ratio
-):
+def test_without_discount_it_is_the_gradient_of_the_token_kl_at_visited_prefixes(tables, importance_ratio):
     student, _, teacher = tables
     method = make_method(kl_discount=0.0, importance_ratio=importance_ratio)
     logprobs = student.log_softmax(1)
@@ -150,9 +146,7 @@ def test_centring_by_a_constant_leaves_the_expected_gradient(tables, discount):
     """The mean over all sequences does not depend on which one is drawn: a baseline."""
     student, _, teacher = tables
     plain, centred = (
-        expected_gradient(
-            make_method(kl_discount=discount, center_advantages=flag), student, student, teacher
-        )
+        expected_gradient(make_method(kl_discount=discount, center_advantages=flag), student, student, teacher)
         for flag in (False, True)
     )
     torch.testing.assert_close(centred, plain, **TOLERANCE)

@@ -100,21 +100,15 @@ def test_divided_by_a_vanishing_beta_it_tends_to_the_kl_divergence(pair):
     student, teacher = pair
     tiny = 1e-7
     # The next order of the expansion is β χ²-like: within 1e-5 relative to a divergence of order one.
-    torch.testing.assert_close(
-        jsd(student, teacher, tiny) / tiny, jsd(student, teacher, 0.0), rtol=1e-3, atol=1e-5
-    )
-    torch.testing.assert_close(
-        jsd(student, teacher, 1 - tiny) / tiny, jsd(student, teacher, 1.0), rtol=1e-3, atol=1e-5
-    )
+    torch.testing.assert_close(jsd(student, teacher, tiny) / tiny, jsd(student, teacher, 0.0), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(jsd(student, teacher, 1 - tiny) / tiny, jsd(student, teacher, 1.0), rtol=1e-3, atol=1e-5)
 
 
 @settings(deadline=None, max_examples=40)
 @given(logit_pairs(), inner_betas)
 def test_swapping_the_models_and_beta_changes_nothing(pair, beta):
     student, teacher = pair
-    torch.testing.assert_close(
-        jsd(student, teacher, beta), jsd(teacher, student, 1 - beta), rtol=1e-9, atol=1e-12
-    )
+    torch.testing.assert_close(jsd(student, teacher, beta), jsd(teacher, student, 1 - beta), rtol=1e-9, atol=1e-12)
 
 
 @settings(deadline=None, max_examples=40)
@@ -160,9 +154,7 @@ def test_the_gradient_of_a_token_sums_to_zero(pair, beta, temperature):
 def test_a_temperature_is_the_same_as_divided_logits(pair, beta, temperature):
     student, teacher = pair
     value, grad = value_and_grad(lambda leaf: jsd(leaf, teacher, beta, temperature), student)
-    divided, divided_grad = value_and_grad(
-        lambda leaf: jsd(leaf, teacher / temperature, beta), student / temperature
-    )
+    divided, divided_grad = value_and_grad(lambda leaf: jsd(leaf, teacher / temperature, beta), student / temperature)
     torch.testing.assert_close(value, divided, **TOLERANCE)
     torch.testing.assert_close(grad, divided_grad / temperature, **TOLERANCE)
 
@@ -177,7 +169,7 @@ def test_logits_of_fifty_give_finite_values_and_gradients(beta, dtype):
     value.sum().backward()
     assert all(torch.isfinite(tensor).all() for tensor in (value, leaf.grad, *metrics.values()))
     if beta in (0.0, 1.0):
-        # Closed form, up to terms of e^-50: all mass meets a log-ratio of 100, or of log 2 less in the second row.
+        # Closed form, up to terms of e^-50: all mass meets a log-ratio of 100, give or take log 2.
         second = 100.0 + math.log(2) if beta == 0 else 100.0 - math.log(2)
         expected = torch.tensor([100.0, second], dtype=dtype)
         torch.testing.assert_close(value.detach(), expected, rtol=1e-6, atol=0)
@@ -197,9 +189,7 @@ def test_a_token_impossible_for_both_adds_nothing(pair, beta, data):
     expected, expected_grad = value_and_grad(lambda leaf: jsd(leaf, teacher, beta), student)
     torch.testing.assert_close(value, expected, **TOLERANCE)
     assert (grad[:, column] == 0).all()
-    torch.testing.assert_close(
-        torch.cat([grad[:, :column], grad[:, column + 1 :]], dim=1), expected_grad, **TOLERANCE
-    )
+    torch.testing.assert_close(torch.cat([grad[:, :column], grad[:, column + 1 :]], dim=1), expected_grad, **TOLERANCE)
 
 
 @settings(deadline=None, max_examples=40)
@@ -230,9 +220,7 @@ def test_forward_kl_to_a_one_hot_teacher_is_supervised_fine_tuning(pair, data):
     targets = torch.tensor(data.draw(st.lists(st.integers(0, vocab - 1), min_size=tokens, max_size=tokens)))
     one_hot = torch.nn.functional.one_hot(targets, vocab).double().log()
     distilled, tuned = (
-        value_and_grad(
-            lambda leaf, loss=loss: sum_over_tokens(Dense(leaf, Head(None)), loss).loss[None], student
-        )
+        value_and_grad(lambda leaf, loss=loss: sum_over_tokens(Dense(leaf, Head(None)), loss).loss[None], student)
         for loss in (
             divergence_loss(Dense(one_hot, Head(None)), beta=0.0),
             negative_log_likelihood(targets),

@@ -48,8 +48,7 @@ def make_student(dtype=torch.float64, *, bias=False, weight=True, **settings):
 def make_teacher(dtype=torch.float64, vocab=VOCAB):
     generator = torch.Generator().manual_seed(12)
     hidden, weight = (
-        torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-        for shape in ((TOKENS, 9), (vocab, 9))
+        torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype) for shape in ((TOKENS, 9), (vocab, 9))
     )
     return Dense(hidden, Head(weight, vocab_size=19))
 
@@ -182,9 +181,7 @@ def test_splitting_or_reordering_tokens_changes_nothing():
 
     def part(rows):
         mine = Dense(student.hidden[rows], dataclasses.replace(student.head, vocab_size=19))
-        return sum_over_tokens(
-            mine, divergence_loss(Dense(teacher.hidden[rows], teacher.head), beta=0.5)
-        ).loss
+        return sum_over_tokens(mine, divergence_loss(Dense(teacher.hidden[rows], teacher.head), beta=0.5)).loss
 
     whole = part(torch.arange(TOKENS))
     pieces = [part(order[start : start + 13]) for start in range(0, TOKENS, 13)]
@@ -235,9 +232,7 @@ def test_logits_in_bfloat16_lose_nothing_beyond_their_own_rounding():
     student, (hidden,) = make_student(torch.bfloat16, weight=False)
     token_loss, definition = make_losses(VOCAB)["divergence"]
     summed = sum_over_tokens(student, token_loss)
-    torch.testing.assert_close(
-        summed.values.double(), definition(hidden.detach().double()), rtol=1e-5, atol=1e-6
-    )
+    torch.testing.assert_close(summed.values.double(), definition(hidden.detach().double()), rtol=1e-5, atol=1e-6)
 
 
 class LargestTensor(TorchDispatchMode):
@@ -284,7 +279,5 @@ def test_the_watch_for_large_tensors_sees_full_logits():
 @pytest.mark.parametrize("tokens", [0, 1, 16, 17, 50])
 def test_tiles_cover_every_token_once(tokens, monkeypatch):
     monkeypatch.setattr(fused, "_TILE_BYTES", {"cpu": 1})
-    covered = [
-        n for rows in fused.tiles(Dense(torch.zeros(tokens, 3), Head(None))) for n in range(tokens)[rows]
-    ]
+    covered = [n for rows in fused.tiles(Dense(torch.zeros(tokens, 3), Head(None))) for n in range(tokens)[rows]]
     assert covered == list(range(tokens))

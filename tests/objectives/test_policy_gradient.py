@@ -1,4 +1,4 @@
-"""Advantages and the policy-gradient loss against closed forms and the definition of PPO's clip. Float64 throughout."""
+"""Advantages and the policy-gradient loss against closed forms and PPO's definition, in float64."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ VOCAB = 7
 
 @st.composite
 def batches(draw):
-    """Log-probabilities of student and teacher (rows, time) and a right-padding mask; a row may be all padding."""
+    """Log-probabilities of student and teacher (rows, time), and a mask of right padding."""
     lengths = draw(st.lists(st.integers(0, 9), min_size=1, max_size=5))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     time = max(max(lengths), 1)
@@ -39,7 +39,7 @@ discounts = st.sampled_from([0.0, 0.5, 0.95, 1.0])
 
 
 def make_loss_inputs(tokens=12, spread=0.5):
-    """Logits, targets, advantages of both signs and old log-probabilities such that ratios lie on both sides of 1."""
+    """Logits, targets, advantages of both signs, and old log-probabilities on both sides of the new."""
     generator = torch.Generator().manual_seed(5)
     logits = torch.randn(tokens, VOCAB, generator=generator, dtype=torch.float64).requires_grad_()
     targets = torch.randint(VOCAB, (tokens,), generator=generator)
@@ -100,6 +100,14 @@ def test_advantages_are_zero_at_padding_and_do_not_depend_on_it(batch, discount)
     wider = reverse_kl_advantages(*padded, kl_coef=1.0, kl_discount=discount)
     assert (plain[mask == 0] == 0).all()
     torch.testing.assert_close(wider[:, :-3], plain, **TOLERANCE)
+
+
+@pytest.mark.parametrize("discount", [0.0, 0.5, 1.0])
+def test_a_masked_token_inside_a_row_counts_nothing_but_takes_up_time(discount):
+    gaps = torch.tensor([[1.0, 7.0, 3.0]])
+    mask = torch.tensor([[1.0, 0.0, 1.0]])
+    advantages = reverse_kl_advantages(gaps, 0 * gaps, mask, kl_coef=1.0, kl_discount=discount)
+    torch.testing.assert_close(advantages, torch.tensor([[-1 - 3 * discount**2, 0.0, -3.0]]))
 
 
 @settings(deadline=None, max_examples=40)

@@ -1,4 +1,4 @@
-"""The shapes that the signatures state are the shapes that the functions take and give, checked at run time."""
+"""The shapes that the signatures state are those that the functions take and give."""
 
 from __future__ import annotations
 
@@ -54,6 +54,4 @@ def test_a_teacher_of_another_vocabulary_is_refused(checked):
 def test_a_mask_of_another_shape_is_refused(checked):
     values = torch.randn(2, 4)
     with pytest.raises(jaxtyping.TypeCheckError):
-        checked["policy_gradient"].reverse_kl_advantages(
-            values, values, torch.ones(2, 3), kl_coef=1.0, kl_discount=0.0
-        )
+        checked["policy_gradient"].reverse_kl_advantages(values, values, torch.ones(2, 3), kl_coef=1.0, kl_discount=0.0)

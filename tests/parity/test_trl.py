@@ -91,9 +91,7 @@ def test_the_fused_loss_is_that_of_trls_distillation(trl_fused, beta, temperatur
     )
     summed = sum_over_tokens(
         Dense(student[0][mask], Head(*student[1:], **settings)),
-        divergence_loss(
-            Dense(teacher[0][mask], Head(*teacher[1:], **settings)), beta=beta, temperature=temperature
-        ),
+        divergence_loss(Dense(teacher[0][mask], Head(*teacher[1:], **settings)), beta=beta, temperature=temperature),
     )
     loss = summed.loss / int(tokens)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-7)
