@@ -217,7 +217,7 @@ class _SkipEmptySteps(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._trainer.window.counts["loss_tokens"] == 0:
             log.warning("step %d has no loss token: skipped", state.global_step + 1)
-            self._trainer.optimizer.zero_grad(set_to_none=True)
+            kwargs["optimizer"].zero_grad(set_to_none=True)
 
 
 def training_arguments(config: Config, max_steps: int, num_micro_batches: int) -> TrainingArguments:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from opd import objectives
+from opd.data.collate import lay_out
 from opd.methods import METHODS
 from opd.protocols import Batch, Dense, Head, Layout, Method, Scores, TokenSequence
 
@@ -35,14 +36,14 @@ def evaluate(case: dict[str, Any], inputs: Arrays) -> Arrays:
 
 def _sft(params: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     method = _method("sft", loss_on="assistant")
-    sequences, layout = _lay_out(tensors["in_labels"])
+    sequences, layout = _sequences(tensors["in_labels"])
     return _loss_and_grad(method, tensors["in_logits"], {}, Batch(sequences, layout), params.get("num_items"))
 
 
 def _gkd(params: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     beta, temperature = params["beta"], params["temperature"]
     method = _method("gkd", beta=beta, lmbda=0.0, seq_kd=False, kd_temperature=temperature)
-    sequences, layout = _lay_out(tensors["in_labels"])
+    sequences, layout = _sequences(tensors["in_labels"])
     vocab_size = params.get("shared_vocab")
     teacher = _rows(tensors["in_teacher_logits"], layout, vocab_size)
     student = tensors["in_student_logits"]
@@ -66,7 +67,7 @@ def _reverse_kl(params: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str,
         clip_epsilon=None,
         num_substeps=1,
     )
-    sequences, layout = _lay_out(tensors["in_labels"], tensors["in_tokens"])
+    sequences, layout = _sequences(tensors["in_labels"], tensors["in_tokens"])
     student, old = tensors["in_student_logits"], tensors["in_old_logps"]
     teacher = objectives.token_logprobs(_rows(tensors["in_teacher_logits"], layout), layout.targets)
     for row, sequence in enumerate(sequences):
@@ -77,7 +78,7 @@ def _reverse_kl(params: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str,
     scores = {
         name: torch.cat([sequence.token_scores[name] for sequence in sequences]) for name in sequences[0].token_scores
     }
-    outputs = _loss_and_grad(method, student, {}, Batch(sequences, layout, scores), None)
+    outputs = _loss_and_grad(method, student, {}, Batch(sequences, layout, token_scores=scores), None)
     advantages = _spread(scores["advantages"], layout, student)
     reverse_kl = torch.tensor(metrics["reverse_kl"], dtype=student.dtype)
     return {**outputs, "out_advantages_masked": advantages, "out_reverse_kl": reverse_kl}
@@ -100,7 +101,7 @@ def _method(name: str, **settings: Any) -> Method:
     return method(method.Config(name=name, **settings))
 
 
-def _lay_out(labels: Tensor, tokens: Tensor | None = None) -> tuple[list[TokenSequence], Layout]:
+def _sequences(labels: Tensor, tokens: Tensor | None = None) -> tuple[list[TokenSequence], Layout]:
     """Sequences and layout as training makes them: a completion starts at the first target."""
     ids = labels.clamp(min=0) if tokens is None else tokens
     rows, length = labels.shape
@@ -110,15 +111,7 @@ def _lay_out(labels: Tensor, tokens: Tensor | None = None) -> tuple[list[TokenSe
         start = int(is_target[row].nonzero()[0]) if is_target[row].any() else length
         sequence = ids[row].tolist()
         sequences.append(TokenSequence(row, sequence[:start], sequence[start:], is_target[row, start:].tolist()))
-    owner, position = is_target[:, 1:].nonzero(as_tuple=True)
-    layout = Layout(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        predictors=owner * length + position,
-        targets=labels[:, 1:][owner, position],
-        owner=owner,
-    )
-    return sequences, layout
+    return sequences, lay_out([sequence.student_view for sequence in sequences], pad_id=0)
 
 
 def _rows(logits: Tensor, layout: Layout, vocab_size: int | None = None) -> Dense:

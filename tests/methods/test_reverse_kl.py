@@ -11,6 +11,7 @@ import itertools
 import pytest
 import torch
 
+from opd.data.collate import lay_out
 from opd.methods import METHODS
 from opd.protocols import Batch, Dense, Head, Layout, TokenSequence
 
@@ -74,18 +75,10 @@ def make_sequence(number, old, teacher):
 
 
 def make_batch(sequences):
-    owner = torch.arange(len(sequences)).repeat_interleave(STEPS)
-    ids = torch.tensor([sequence.student_view.ids for sequence in sequences])
-    layout = Layout(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        predictors=owner * (STEPS + 1) + torch.arange(STEPS).repeat(len(sequences)),
-        targets=ids[:, 1:].flatten(),
-        owner=owner,
-    )
+    layout = lay_out([sequence.student_view for sequence in sequences], pad_id=0)
     names = sequences[0].token_scores
     scores = {name: torch.cat([sequence.token_scores[name] for sequence in sequences]) for name in names}
-    return Batch(sequences, layout, scores)
+    return Batch(sequences, layout, token_scores=scores)
 
 
 def expected_gradient(method, student, old, teacher):

@@ -36,7 +36,8 @@ def test_a_tokens_gradient_is_multiplied_by_its_weight(name):
     leaf = logits.requires_grad_()
 
     def grad(weights):
-        batch = Batch([], layout, {"student_logprobs": scores[0], "advantages": scores[1]}, weights)
+        token_scores = {"student_logprobs": scores[0], "advantages": scores[1]}
+        batch = Batch([], layout, token_scores=token_scores, weights=weights)
         terms = method.loss(Dense(leaf, Head(None)), {"teacher": Dense(teacher, Head(None))}, batch).terms
         return torch.autograd.grad(sum(term.weight * term.sum for term in terms), leaf)[0]
 
