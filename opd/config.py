@@ -174,7 +174,7 @@ class Evaluation(Schema):
 class Tracking(Schema):
     """Experiment trackers beside the run folder, which always holds everything."""
 
-    backend: Literal["none", "wandb", "tensorboard"]
+    backend: Literal["none", "wandb"]
     project: str | None = None
     mode: Literal["online", "offline", "disabled"] = "offline"
     tags: list[str] = Field(default_factory=list)

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 
 from opd import distributed
-from opd.artifacts.console import Progress, banner, start_logging
+from opd.artifacts.console import banner, start_logging
 from opd.artifacts.provenance import provenance
 from opd.artifacts.report import write_report
 from opd.artifacts.run_folder import RunFolder
@@ -35,10 +34,10 @@ from opd.models import (
     vocabulary_width,
 )
 from opd.protocols import Method
+from opd.recorder import Recorder
 from opd.sources import Sampling, SequenceSource
 from opd.teachers import LocalTeacher
 from opd.trainer import DistillationTrainer
-from opd.window import Window
 
 log = logging.getLogger("opd")
 
@@ -79,15 +78,27 @@ def run(config: Config) -> dict[str, Any]:
     distributed.barrier()
     start_logging(loaded.folder.path)
     _introduce(loaded)
-    before = loaded.folder.read_result().get("before")
-    if before is None:
-        before = _evaluate(loaded, 0, "before")
-        _write_result(loaded, {"before": before})
-    if config.mode == "eval":
-        return _finish(loaded, {"before": before, "after": before}, started)
-    trained = _train(loaded)
-    after = _evaluate(loaded, loaded.max_steps, "after")
-    return _finish(loaded, {"before": before, "after": after, **trained}, started)
+    recorder = Recorder(
+        config,
+        loaded.folder,
+        student=loaded.student,
+        tokenizer=loaded.tokenizer,
+        evaluator=loaded.evaluator,
+        max_steps=loaded.max_steps,
+    )
+    result = {"before": loaded.folder.read_result().get("before")}
+    if result["before"] is None:
+        result["before"] = recorder.evaluate(0, "before")
+        _write_result(loaded, result)
+    if config.mode == "train":
+        result |= _train(loaded, recorder)
+        result["after"] = recorder.evaluate(loaded.max_steps, "after")
+    result["seconds"] = time.perf_counter() - started
+    result["student_parameters"] = sum(parameter.numel() for parameter in loaded.student.parameters())
+    _write_result(loaded, result)
+    recorder.close(result)
+    _conclude(loaded, result)
+    return result
 
 
 def _load(config: Config) -> _Run:
@@ -127,9 +138,9 @@ def _load(config: Config) -> _Run:
     return _Run(config, folder, method, tokenizer, vocabulary, data, student_model.to(device), local, evaluator, steps)
 
 
-def _train(loaded: _Run) -> dict[str, Any]:
+def _train(loaded: _Run, recorder: Recorder) -> dict[str, Any]:
     """Train to the end; returns seconds and tokens. A checkpoint of the folder is taken up."""
-    config, folder = loaded.config, loaded.folder
+    config = loaded.config
     rollout = config.rollout
     sampling = Sampling(
         rollout.max_completion_tokens, rollout.temperature, rollout.top_p, rollout.top_k, rollout.batch_size
@@ -143,7 +154,6 @@ def _train(loaded: _Run) -> dict[str, Any]:
         group_size=rollout.group_size,
         seed=config.run.seed,
     )
-    recorder = _Recorder(loaded)
     trainer = DistillationTrainer(
         config,
         loaded.student,
@@ -158,71 +168,11 @@ def _train(loaded: _Run) -> dict[str, Any]:
         callbacks=[recorder],
     )
     started = time.perf_counter()
-    trainer.resume(folder.checkpoint)
-    recorder.progress.close()
+    trainer.resume(loaded.folder.checkpoint)
+    seconds = time.perf_counter() - started
     if distributed.rank() == 0:
         _save_final(loaded)
-    return {
-        "train_seconds": time.perf_counter() - started,
-        "tokens": recorder.tokens,
-        "steps": loaded.max_steps,
-    }
-
-
-class _Recorder(TrainerCallback):
-    """Writes what the trainer reports, shows the progress, evaluates between steps."""
-
-    def __init__(self, loaded: _Run) -> None:
-        self._loaded = loaded
-        self.tokens = 0.0
-        self.progress = Progress(loaded.config.method.name, loaded.max_steps, loaded.folder.resumed_step)
-
-    def on_step(self, step: int, metrics: dict[str, float], window: Window) -> None:
-        """A logged step."""
-        self.progress.show(step, metrics)
-        self.tokens += metrics["train/tokens"]
-        if distributed.rank() > 0:
-            return
-        folder, every = self._loaded.folder, self._loaded.config.train.sample_every_steps
-        folder.append("metrics.jsonl", {"step": step, **metrics})
-        if every and step % every == 0:
-            for sequence in window.sequences[:3]:
-                folder.append("samples.jsonl", _sample(self._loaded, step, sequence))
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Evaluate where train.eval_every_steps asks for it; the last step is evaluated as "after"."""
-        every, step = self._loaded.config.train.eval_every_steps, state.global_step
-        if every and step % every == 0 and step < self._loaded.max_steps:
-            metrics, _ = self._loaded.evaluator(self._loaded.student)
-            if distributed.rank() == 0 and metrics:
-                named = {f"eval/{name}": value for name, value in metrics.items()}
-                self._loaded.folder.append("metrics.jsonl", {"step": step, **named})
-
-
-def _sample(loaded: _Run, step: int, sequence: Any) -> dict[str, Any]:
-    ids = sequence.completion_ids
-    return {
-        "step": step,
-        "phase": "train",
-        "prompt": loaded.tokenizer.decode(sequence.prompt_ids),
-        "completion": loaded.tokenizer.decode(ids[:-1] if sequence.finished else ids),
-        "origin": sequence.origin,
-        "finished": sequence.finished,
-    }
-
-
-def _evaluate(loaded: _Run, step: int, phase: str) -> dict[str, float]:
-    metrics, samples = loaded.evaluator(loaded.student)
-    if distributed.rank() == 0:
-        for sample in samples[:8]:
-            loaded.folder.append("samples.jsonl", {"step": step, "phase": phase, "origin": "student", **sample})
-        if phase == "after":
-            shown = "\n".join(f"  {s['prompt']!r}\n    -> {s['completion']!r}" for s in samples[:3])
-            log.info("\nSamples after training (greedy):\n%s", shown) if samples else None
-        elif samples:
-            shown = "\n".join(f"  {s['prompt']!r}\n    -> {s['completion']!r}" for s in samples[:3])
-            log.info("Samples before training (greedy):\n%s\n", shown)
-    return metrics
+    return {"train_seconds": seconds, "tokens": trainer.tokens_trained, "steps": loaded.max_steps}
 
 
 def _save_final(loaded: _Run) -> None:
@@ -244,17 +194,13 @@ def _write_result(loaded: _Run, result: dict[str, Any]) -> None:
         loaded.folder.write_json("result.json", result)
 
 
-def _finish(loaded: _Run, result: dict[str, Any], started: float) -> dict[str, Any]:
-    """result.json, the table, the report."""
-    result["seconds"] = time.perf_counter() - started
-    result["student_parameters"] = sum(parameter.numel() for parameter in loaded.student.parameters())
-    _write_result(loaded, result)
+def _conclude(loaded: _Run, result: dict[str, Any]) -> None:
+    """The table and the report."""
     if distributed.rank() == 0:
-        log.info("\n%s\n", format_table(before_after_table(result["before"], result["after"])))
+        log.info("%s\n", format_table(before_after_table(result["before"], result.get("after", {}))))
         report = write_report(loaded.folder.path)
         log.info("report  %s  (%.0f s)", report, result["seconds"])
     distributed.barrier()
-    return result
 
 
 def _introduce(loaded: _Run) -> None:

@@ -87,12 +87,18 @@ class DistillationTrainer(Trainer):
             self.windows.load(checkpoint)
         self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
+    @property
+    def tokens_trained(self) -> int:
+        """Loss tokens of all steps and ranks; kept in Trainer's state, so that a resumed run counts on."""
+        return self.state.num_input_tokens_seen
+
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, Any]:
         """The window of the step that comes next. The data loader only counts; rows are addressed by step."""
         for _ in range(num_batches):
             next(epoch_iterator)
         self._step_started = time.perf_counter()
         self.window = self.windows(self.state.global_step)
+        self.state.num_input_tokens_seen += int(self.window.counts["loss_tokens"])
         if len(self.window.batches) != num_batches:
             raise RunError(
                 f"step {self.state.global_step}: {len(self.window.batches)} micro-batches, not {num_batches}"

@@ -60,7 +60,7 @@ class RunFolder:
     @property
     def finished(self) -> bool:
         """Whether the run that lies here came to its end."""
-        return bool(self.read_result().get("after"))
+        return "seconds" in self.read_result()
 
     @property
     def resumed_step(self) -> int:

@@ -204,7 +204,7 @@ def test_no_malformed_file_crashes_the_report(tmp_path, junk):
 def test_an_evaluation_without_training_counts_as_finished(run_dir):
     (run_dir / "metrics.jsonl").unlink()
     (run_dir / "config.yaml").write_text("mode: eval")
-    (run_dir / "result.json").write_text(json.dumps({"before": {"exact_match": 0.5}}))
+    (run_dir / "result.json").write_text(json.dumps({"before": {"exact_match": 0.5}, "seconds": 3.0}))
     html, markdown = render(run_dir)
     assert "**finished**" in markdown and "interrupted at" not in html
     assert "| exact_match | ↑ higher | 0.500 | — | — |  |" in markdown

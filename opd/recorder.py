@@ -1,0 +1,92 @@
+"""What a run reports while it runs: metrics.jsonl, samples.jsonl, the tracker, the progress bar, the evaluations."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from transformers import TrainerCallback
+
+from opd import distributed
+from opd.artifacts.console import Progress
+from opd.artifacts.run_folder import RunFolder
+from opd.artifacts.tracking import Tracker
+from opd.config import Config
+from opd.evaluate import Evaluator
+from opd.protocols import TokenSequence
+from opd.window import Window
+
+log = logging.getLogger("opd")
+_RECORDED_ANSWERS = 8  # greedy answers to evaluation prompts, kept before and after
+_SHOWN_ANSWERS = 3
+
+
+class Recorder(TrainerCallback):
+    """Hears of every logged step and evaluates between steps. Every rank has one; rank 0 writes."""
+
+    def __init__(
+        self, config: Config, folder: RunFolder, *, student: Any, tokenizer: Any, evaluator: Evaluator, max_steps: int
+    ) -> None:
+        self._config, self._folder, self._max_steps = config, folder, max_steps
+        self._student, self._tokenizer, self._evaluator = student, tokenizer, evaluator
+        self._writes = distributed.rank() == 0
+        self._tracker = Tracker(config, folder.path) if self._writes else None
+        self._progress: Progress | None = None
+
+    def evaluate(self, step: int, phase: str) -> dict[str, float]:
+        """Evaluate before ("before") or after ("after") training: metrics and answers are kept and shown."""
+        metrics, samples = self._evaluator(self._student)
+        self._write(step, {f"eval/{name}": value for name, value in metrics.items()})
+        if self._writes and samples:
+            for sample in samples[:_RECORDED_ANSWERS]:
+                self._folder.append("samples.jsonl", {"step": step, "phase": phase, "origin": "student", **sample})
+            answers = [
+                f"  {sample['prompt']!r}\n    -> {sample['completion']!r}" for sample in samples[:_SHOWN_ANSWERS]
+            ]
+            log.info("Samples %s training (greedy):\n%s\n", phase, "\n".join(answers))
+        return metrics
+
+    def on_step(self, step: int, metrics: dict[str, float], window: Window) -> None:
+        """A logged step."""
+        if self._progress is not None:
+            self._progress.show(step, metrics)
+        self._write(step, metrics)
+        every = self._config.train.sample_every_steps
+        if self._writes and every and step % every == 0:
+            for sequence in window.sequences[:_SHOWN_ANSWERS]:
+                self._folder.append("samples.jsonl", {"step": step, "phase": "train", **self._sample(sequence)})
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the bar where the run continues."""
+        self._progress = Progress(self._config.method.name, self._max_steps, state.global_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave the bar."""
+        if self._progress is not None:
+            self._progress.close()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Evaluate where train.eval_every_steps asks for it; the last step is evaluated as "after"."""
+        every, step = self._config.train.eval_every_steps, state.global_step
+        if every and step % every == 0 and step < self._max_steps:
+            metrics, _ = self._evaluator(self._student)
+            self._write(step, {f"eval/{name}": value for name, value in metrics.items()})
+
+    def close(self, result: dict[str, Any]) -> None:
+        """Hand the result to the tracker."""
+        if self._tracker is not None:
+            self._tracker.close(result)
+
+    def _write(self, step: int, metrics: dict[str, float]) -> None:
+        if self._tracker is not None and metrics:
+            self._folder.append("metrics.jsonl", {"step": step, **metrics})
+            self._tracker.record(step, metrics)
+
+    def _sample(self, sequence: TokenSequence) -> dict[str, Any]:
+        ids = sequence.completion_ids
+        return {
+            "prompt": self._tokenizer.decode(sequence.prompt_ids),
+            "completion": self._tokenizer.decode(ids[:-1] if sequence.finished else ids),
+            "origin": sequence.origin,
+            "finished": sequence.finished,
+        }
