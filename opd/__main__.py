@@ -48,19 +48,21 @@ def _task(composed: Any) -> None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
     from omegaconf import OmegaConf
-
-    raw: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-    context = HydraConfig.get()
-    if context.mode == RunMode.MULTIRUN and not any(o.startswith("run.dir=") for o in context.overrides.task):
-        raw["run"]["dir"] = context.runtime.output_dir
+    from omegaconf.errors import OmegaConfBaseException
 
     from opd.conditions import validated
     from opd.launch import launch
 
     try:
+        raw: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+        context = HydraConfig.get()
+        if context.mode == RunMode.MULTIRUN and not any(o.startswith("run.dir=") for o in context.overrides.task):
+            raw["run"]["dir"] = context.runtime.output_dir
         launch(validated(raw))
     except OpdError as error:  # Hydra would print a line of its own above ours
         sys.exit(_say(error))
+    except OmegaConfBaseException as error:
+        sys.exit(_say(ConfigError(_explain(error))))
 
 
 def _explain(error: Exception) -> str:
@@ -68,13 +70,15 @@ def _explain(error: Exception) -> str:
     text = str(error)
     if match := re.search(r"Could not find '([^']+)'", text):
         group, _, option = match[1].rpartition("/")
-        options = re.findall(r"^\t(\S+)", text, re.MULTILINE)
+        options = re.findall(r"^\t(\S+)$", text, re.MULTILINE)
         return f"{group}={option}: no such option; {_near(option, options)}"
     if match := re.search(r"Could not override '([^']+)'", text):
         return f"{match[1]}: unknown key; {_near(match[1], _known_keys())}"
     if "Missing mandatory value" in text:
         key = getattr(error, "full_key", None) or "a key"
         return f"{key}: missing; set {key}=…"
+    if type(error).__name__.startswith("Interpolation"):
+        return f"{getattr(error, 'full_key', '')}: {text.splitlines()[0]}; mend what stands in ${{…}}"
     if override := getattr(error, "override", None):
         return f"{override}: not an override; write key=value, and quote what holds special characters"
     return re.sub(r"\s+", " ", text).strip()

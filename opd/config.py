@@ -7,6 +7,7 @@ Methods keep their own schema beside their loss; `parse` joins the two. A refusa
 from __future__ import annotations
 
 import difflib
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
@@ -17,12 +18,13 @@ from opd.errors import ConfigError
 Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Schema(BaseModel):
-    """A section of the config: immutable, no key beyond those named, no NaN and no infinity."""
+    """A section of the config: immutable, no key beyond those named, no NaN and no infinity, and `true` is no number."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class Run(Schema):
@@ -146,7 +148,7 @@ class Train(Schema):
     micro_batch_size: PositiveInt = Field(description="sequences in one forward; changes memory, not the result")
     learning_rate: float = Field(gt=0)
     optimizer: Literal["adamw", "rmsprop", "sgd"]
-    adam_betas: tuple[float, float] = (0.9, 0.999)
+    adam_betas: tuple[Decay, Decay] = Field(default=(0.9, 0.999), strict=False)
     weight_decay: float = Field(ge=0)
     lr_scheduler: Literal["constant", "linear", "cosine"]
     warmup_steps: Count
@@ -232,7 +234,7 @@ def _line(schema: type[BaseModel], problem: ErrorDetails) -> str:
         return f"{key}={problem['input']!r}: unknown key; {did_you_mean(location[-1], known)}"
     if problem["type"] == "missing":
         return f"{key}: missing; set it on the command line or in a config file"
-    message = problem["msg"].replace("Input should be", "must be", 1)
+    message = re.sub(r"^(Input|\w+) should ", "must ", problem["msg"])
     return f"{key}={problem['input']!r}: {message}"
 
 

@@ -16,7 +16,7 @@ from opd import distributed
 from opd.config import Config
 from opd.data import DataSet
 from opd.data.collate import lay_out
-from opd.models import Vocabulary, causal_lm, hidden_states, read_head
+from opd.models import Vocabulary, causal_lm, computing, hidden_states, read_head
 from opd.objectives import divergence_loss, negative_log_likelihood, sum_over_tokens
 from opd.protocols import Dense, Example, Layout, TokenView
 from opd.sources.rollouts import Completion, Sampling, evaluation_mode, sample
@@ -44,6 +44,10 @@ class Evaluator:
 
     def __call__(self, model: Any) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Metrics over all evaluation rows, and this rank's first answers for the record."""
+        with torch.no_grad(), computing(self._config.hardware):
+            return self._evaluate(model)
+
+    def _evaluate(self, model: Any) -> tuple[dict[str, float], list[dict[str, Any]]]:
         model, settings, sums = causal_lm(model), self._config.evaluation, defaultdict(lambda: [0.0, 0.0])
         samples: list[dict[str, Any]] = []
         if not self._data.evaluation:
@@ -119,8 +123,7 @@ class Evaluator:
             views = [_view(row.prompt_ids, answer.ids) for row, answer in zip(rows, answers, strict=True)]
             for layout in self._layouts(views, model):
                 loss = divergence_loss(self._teacher.score(layout), beta=float(name == "reverse_kl"))
-                with torch.no_grad():
-                    values = sum_over_tokens(self._dense(model, layout), loss).values
+                values = sum_over_tokens(self._dense(model, layout), loss).values
                 _add(sums, name, float(values.sum()), len(values))
 
     def _layouts(self, views: list[TokenView], model: Any) -> list[Layout]:

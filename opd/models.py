@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from opd.config import LoRA, Model, WalkRecipe
+from opd.config import Hardware, LoRA, Model, WalkRecipe
 from opd.errors import ConfigError
 from opd.protocols import Head
 
@@ -160,6 +160,12 @@ def disable_dropout(model: nn.Module) -> None:
         for name in ("attention_dropout", "dropout", "activation_dropout"):
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
+
+
+def computing(hardware: Hardware) -> torch.autocast:
+    """The precision that training, rollouts and evaluation of the student compute in: autocast, off for fp32."""
+    dtype = torch.float16 if hardware.precision == "fp16" else torch.bfloat16
+    return torch.autocast(hardware.device, dtype=dtype, enabled=hardware.precision != "fp32")
 
 
 def freeze(model: PreTrainedModel) -> PreTrainedModel:

@@ -23,7 +23,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from opd import distributed
 from opd.config import Config
 from opd.errors import RunError
-from opd.models import Vocabulary, attach_objective, causal_lm, hidden_states, read_head
+from opd.models import Vocabulary, attach_objective, causal_lm, computing, hidden_states, read_head
 from opd.objectives import token_logprobs
 from opd.protocols import Dense, ExampleSet, Layout, Method, Terms
 from opd.sources import SequenceSource
@@ -97,7 +97,8 @@ class DistillationTrainer(Trainer):
         for _ in range(num_batches):
             next(epoch_iterator)
         self._step_started = time.perf_counter()
-        self.window = self.windows(self.state.global_step)
+        with computing(self.config.hardware):
+            self.window = self.windows(self.state.global_step)
         self.state.num_input_tokens_seen += int(self.window.counts["loss_tokens"])
         if len(self.window.batches) != num_batches:
             raise RunError(
@@ -171,7 +172,7 @@ class DistillationTrainer(Trainer):
 
     def _student_logprobs(self, layout: Layout) -> Tensor:
         inner = causal_lm(self.model)
-        with evaluation_mode(inner), self.compute_loss_context_manager():
+        with evaluation_mode(inner):
             hidden = hidden_states(inner, layout.input_ids, layout.attention_mask).flatten(0, 1)[layout.predictors]
             return token_logprobs(Dense(hidden, read_head(inner, self.vocabulary.size)), layout.targets)
 

@@ -9,7 +9,7 @@ inputs are.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -41,36 +41,42 @@ class Summed:
 def sum_over_tokens(student: Dense, token_loss: TokenLoss, *, weights: Tensor | None = None) -> Summed:
     """Σ_n weights[n] · token_loss(logits[n]). Zero tokens give a zero that still hangs on the graph.
 
-    `weights` (N,) are constants; a loss that is not linear in the token losses wants `token_logprobs` instead.
+    `weights` (N,) are constants. The loss must be linear in the token losses: its gradient is formed at once.
     """
-    head = student.head
-    collected: dict[str, list[Tensor]] = {}
-    loss = _SumOverTokens.apply(student.hidden, head.weight, head.bias, head, token_loss, weights, collected)
-    empty = student.hidden.new_zeros(0)
+    head, tracked = student.head, torch.is_grad_enabled()
+    inputs = (student.hidden, head.weight, head.bias)
+    if not tracked:  # a Function would form the gradients of parameters all the same
+        inputs = tuple(None if tensor is None else tensor.detach() for tensor in inputs)
+    kind, collected = student.hidden.device.type, {}
+    dtype = student.hidden.dtype if head.weight is None else head.weight.dtype
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+    with torch.autocast(kind, enabled=False):  # from here on dtypes are explicit, the teacher's its own
+        loss = _SumOverTokens.apply(*inputs, head, dtype, token_loss, weights, collected)
     columns = {name: torch.cat(parts) for name, parts in collected.items()}
-    return Summed(loss, columns.pop("", empty), columns)
+    return Summed(loss, columns.pop(""), columns)
 
 
 def token_logprobs(student: Dense, targets: Tensor) -> Tensor:
     """log π(targets[n]) in nats, (N,). Without gradient: for old policies, references and teachers."""
-    return torch.cat([_gathered_logprobs(final_logits(student, rows), targets[rows]) for rows in tiles(student)])
+    with torch.no_grad():
+        return torch.cat([_gathered_logprobs(final_logits(student, rows), targets[rows]) for rows in tiles(student)])
 
 
-def head_logits(scores: Dense, rows: slice) -> Tensor:
-    """The head's output for some tokens, (n, V), before scale and cap, in the precision of the loss."""
+def final_logits(scores: Dense, rows: slice) -> Tensor:
+    """The model's logits for some tokens, (n, V), in the precision of the loss."""
+    return scores.head.finish(_head_logits(scores, rows))
+
+
+def _head_logits(scores: Dense, rows: slice) -> Tensor:
+    """Before scale and cap; multiplied in the head's dtype."""
     hidden, head = scores.hidden[rows], scores.head
     if head.weight is None:
         logits = hidden[:, : head.vocab_size]
     else:
-        weight, bias = head.weight[: head.vocab_size], head.bias
-        hidden, weight = _compute_dtype(hidden, weight)
-        logits = F.linear(hidden, weight, None if bias is None else bias[: head.vocab_size].to(hidden.dtype))
+        bias = None if head.bias is None else head.bias[: head.vocab_size]
+        logits = F.linear(hidden.to(head.weight.dtype), head.weight[: head.vocab_size], bias)
     return logits.to(_wide(logits.dtype))
-
-
-def final_logits(scores: Dense, rows: slice) -> Tensor:
-    """The model's logits for some tokens, (n, V)."""
-    return scores.head.finish(head_logits(scores, rows))
 
 
 def _gathered_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
@@ -79,13 +85,6 @@ def _gathered_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
-
-
-def _compute_dtype(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in the dtype of the multiplication: autocast's where it is on, else the weight's."""
-    kind = hidden.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-    return hidden.to(dtype), weight.to(dtype)
 
 
 def tiles(scores: Dense) -> Iterator[slice]:
@@ -100,17 +99,19 @@ class _SumOverTokens(torch.autograd.Function):
     """Forms the gradient in the forward pass; backward only scales it."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, head: Head, token_loss: TokenLoss, weights, collected):
-        scores = Dense(hidden.detach(), head)
+    def forward(ctx, hidden, weight, bias, head: Head, dtype, token_loss: TokenLoss, weights, collected):
+        needed = ctx.needs_input_grad[:3]
+        # Summed over tiles in at least float32, whatever the parameters' own precision.
         grads = [
-            torch.zeros_like(tensor) if needed else None
-            for tensor, needed in zip((hidden, weight, bias), ctx.needs_input_grad[:3], strict=True)
+            torch.zeros_like(tensor, dtype=_wide(tensor.dtype)) if wanted else None
+            for tensor, wanted in zip((hidden, weight, bias), needed, strict=True)
         ]
-        total = torch.zeros((), dtype=_wide(hidden.dtype), device=hidden.device)
+        cast = [None if tensor is None else tensor.detach().to(dtype) for tensor in (hidden, weight, bias)]
+        scores = Dense(cast[0], replace(head, weight=cast[1], bias=cast[2]))  # type: ignore[arg-type]
+        total = torch.zeros((), dtype=_wide(dtype), device=hidden.device)
         for rows in tiles(scores):
-            raw = head_logits(scores, rows)
+            leaf = _head_logits(scores, rows).detach().requires_grad_(any(needed))
             with torch.enable_grad():
-                leaf = raw.detach().requires_grad_(any(ctx.needs_input_grad[:3]))
                 values, metrics = token_loss(head.finish(leaf), rows)
                 weighted = (values if weights is None else values * weights[rows]).sum()
             total += weighted.detach()
@@ -118,30 +119,27 @@ class _SumOverTokens(torch.autograd.Function):
                 collected.setdefault(name, []).append(column.detach())
             if weighted.requires_grad:
                 (grad_logits,) = torch.autograd.grad(weighted, leaf)
-                _accumulate(grads, grad_logits, scores, rows)
+                _accumulate(grads, grad_logits.to(dtype), scores, rows)
         ctx.save_for_backward(*grads)
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
         return total
 
     @staticmethod
     def backward(ctx, grad_total):
-        return (
-            *(None if grad is None else grad * grad_total.to(grad.dtype) for grad in ctx.saved_tensors),
-            *[None] * 4,
-        )
+        pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        scaled = (None if grad is None else (grad * grad_total).to(dtype) for grad, dtype in pairs)
+        return (*scaled, *[None] * 5)
 
 
 def _accumulate(grads: list[Tensor | None], grad_logits: Tensor, scores: Dense, rows: slice) -> None:
     """Add one tile's gradients to those of hidden (N, H), weight (V, H) and bias (V,)."""
     grad_hidden, grad_weight, grad_bias = grads
-    width = scores.head.vocab_size
-    if scores.head.weight is None:
-        if grad_hidden is not None:
-            grad_hidden[rows, :width] = grad_logits.to(grad_hidden.dtype)
-        return
-    hidden, weight = _compute_dtype(scores.hidden[rows], scores.head.weight[:width])
-    grad_logits = grad_logits.to(hidden.dtype)
+    hidden, weight, width = scores.hidden[rows], scores.head.weight, scores.head.vocab_size
     if grad_hidden is not None:
-        grad_hidden[rows] = (grad_logits @ weight).to(grad_hidden.dtype)
+        if weight is None:
+            grad_hidden[rows, :width] = grad_logits
+        else:
+            grad_hidden[rows] = grad_logits @ weight[:width]
     if grad_weight is not None:
         if grad_weight.dtype == hidden.dtype:
             grad_weight[:width].addmm_(grad_logits.t(), hidden)
