@@ -6,6 +6,8 @@ import os
 import sys
 from pathlib import Path
 
+from opd.artifacts.run_folder import RANK_LOGS
+from opd.artifacts.run_folder import RunFolder
 from opd.config import Config
 from opd.errors import ConfigError, RunError
 
@@ -18,6 +20,7 @@ def launch(config: Config) -> None:
         )
     if config.hardware.nodes > 1:
         raise ConfigError(f"hardware.nodes={config.hardware.nodes}: several nodes are not built yet; set it to 1")
+    RunFolder(config)  # refuse a folder that cannot be used before anything is loaded or trained for it
     _check_device(config)
     from opd import pipeline
 
@@ -47,23 +50,25 @@ def _start_ranks(config: Config) -> None:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     folder = Path(config.run.dir).resolve()
-    logs = folder.parent / f".{folder.name}.ranks"
+    logs = folder / RANK_LOGS
     logs.mkdir(parents=True, exist_ok=True)
     specification = logs / "config.json"
     specification.write_text(config.model_dump_json(), encoding="utf-8")
     os.environ.setdefault("OMP_NUM_THREADS", str(config.hardware.threads))
     os.environ["OPD_WORKER"] = "1"
+    ranks = config.hardware.processes_per_node
     settings = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
-        nproc_per_node=config.hardware.processes_per_node,
+        nproc_per_node=ranks,
         run_id=folder.name,
         role="opd",
         max_restarts=0,
         monitor_interval=0.2,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
-        logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects=Std.ALL, tee=Std.ALL, local_ranks_filter={0}),
+        # Rank 0 has the console; the others write to files.
+        logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects={rank: Std.ALL for rank in range(1, ranks)}),
     )
     try:
         elastic_launch(settings, sys.executable)("-u", "-m", "opd.worker", str(specification))

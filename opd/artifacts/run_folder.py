@@ -21,6 +21,9 @@ log = logging.getLogger("opd")
 _FREE = {("mode",), ("run", "resume"), ("run", "dir"), ("tracking",)}
 
 
+RANK_LOGS = ".ranks"  # where the launcher keeps what each rank printed; it is there before the run is
+
+
 class RunFolder:
     """A run's folder. Opening refuses one that is finished, that belongs to another config, or that is not a run's."""
 
@@ -39,7 +42,7 @@ class RunFolder:
             self.checkpoint = Path(resume)
             if not (self.checkpoint / "trainer_state.json").is_file():
                 raise ConfigError(f"run.resume={resume}: not a checkpoint folder (auto, never, or a checkpoint-N)")
-        if not self.path.exists() or not any(self.path.iterdir()):
+        if not self.path.exists() or all(entry.name == RANK_LOGS for entry in self.path.iterdir()):
             return
         if not (self.path / "config.yaml").is_file():
             raise ConfigError(f"{key}: not empty, and not a run's folder (no config.yaml); choose another folder")
