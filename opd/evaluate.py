@@ -6,6 +6,7 @@ rows or tokens, added up over ranks and divided last.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -66,7 +67,10 @@ class Evaluator:
         self._likelihood(model, sums)
         if settings.divergence and self._teacher:
             self._divergence(model, sampled, sums)
-        return _divide(sums), samples
+        metrics = _divide(sums)
+        if "loss" in metrics:
+            metrics["perplexity"] = math.exp(min(metrics["loss"], 700.0))
+        return metrics, samples
 
     def _answer(self, model: Any, rows: Sequence[Example], how: str) -> list[Completion]:
         """Greedy answers, or answers at temperature 1 from the whole distribution."""
@@ -105,12 +109,12 @@ class Evaluator:
         return str(self._tokenizer.decode(answer.ids[:-1] if answer.finished else answer.ids))
 
     def _likelihood(self, model: Any, sums: Sums) -> None:
-        """eval_loss: -log π of the rows' own completions, nats a token."""
+        """loss: -log π of the rows' own completions, nats a token."""
         rows = [row for row in self._rows if row.completion_ids]
         views = [_view(row.prompt_ids, row.completion_ids or [], row.completion_mask) for row in rows]
         for layout in self._layouts(views, model):
             values = sum_over_tokens(self._dense(model, layout), negative_log_likelihood(layout.targets)).values
-            _add(sums, "eval_loss", float(values.sum()), len(values))
+            _add(sums, "loss", float(values.sum()), len(values))
 
     def _divergence(self, model: Any, sampled: Sequence[Completion], sums: Sums) -> None:
         """forward_kl, KL(teacher ‖ student) on the teacher's answers, and reverse_kl on the student's; nats a token."""

@@ -177,7 +177,7 @@ class Needs:
     `teachers`: name -> kind of scores it is read for. `turns`: which assistant turns of a conversation are completion.
     `completions`: "required" (every row must bring one), "optional", or "unused".
     `window`: the method wants token log-probabilities of the whole optimizer step before its loss (Method.window).
-    `num_substeps`: optimizer steps that one batch of rollouts is split into.
+    `prompt_loss`: the prompt's tokens are targets too. `num_substeps`: optimizer steps that one batch of rollouts is split into.
     """
 
     teachers: dict[str, Literal["dense", "any", "logprobs"]] = field(default_factory=dict)
@@ -185,6 +185,7 @@ class Needs:
     completions: Literal["required", "optional", "unused"] = "required"
     rollouts: bool = False
     window: bool = False
+    prompt_loss: bool = False
     student_dropout: bool = False
     sequences_per_row: int = 1
     num_substeps: int = 1

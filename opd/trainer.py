@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -57,6 +59,7 @@ class DistillationTrainer(Trainer):
         self.config, self.method, self.teachers, self.vocabulary = config, method, teachers, vocabulary
         self._on_step, self._metrics, self._maxima = on_step, {}, {}
         self._staging: Path | None = None
+        self.step_started = self.step_seconds = 0.0
         attach_objective(model)
         device = torch.device(config.hardware.device)
         if config.hardware.device == "cuda":
@@ -78,7 +81,7 @@ class DistillationTrainer(Trainer):
             train_dataset=tickets,  # type: ignore[arg-type]
             data_collator=_ticket,
             processing_class=tokenizer,
-            callbacks=[_SkipEmptySteps(self), *(callbacks or [])],
+            callbacks=[_StepKeeper(self), *(callbacks or [])],
         )
 
     def resume(self, checkpoint: Path | None) -> None:
@@ -96,7 +99,7 @@ class DistillationTrainer(Trainer):
         """The window of the step that comes next. The data loader only counts; rows are addressed by step."""
         for _ in range(num_batches):
             next(epoch_iterator)
-        self._step_started = time.perf_counter()
+        self.step_started = time.perf_counter()
         with computing(self.config.hardware):
             self.window = self.windows(self.state.global_step)
         self.state.num_input_tokens_seen += int(self.window.counts["loss_tokens"])
@@ -132,7 +135,6 @@ class DistillationTrainer(Trainer):
         if "loss" not in logs:
             return
         window, step = self.window, self.state.global_step
-        elapsed = time.perf_counter() - self._step_started
         record = {
             "train/loss": logs["loss"],
             "train/grad_norm": logs["grad_norm"],
@@ -140,8 +142,8 @@ class DistillationTrainer(Trainer):
             "train/tokens": window.counts["loss_tokens"],
             **self._reduced_metrics(),
             **window.metrics,
-            "seconds_per_step": elapsed,
-            "tokens_per_second": window.counts["loss_tokens"] / elapsed,
+            "seconds_per_step": self.step_seconds,
+            "tokens_per_second": window.counts["loss_tokens"] / self.step_seconds,
         }
         if not math.isfinite(record["train/loss"]):
             raise RunError(
@@ -166,7 +168,8 @@ class DistillationTrainer(Trainer):
         sums = distributed.total(torch.tensor([self._metrics[name] for name in names], dtype=torch.float64))
         reduced = {f"train/{name}": float(pair[0] / pair[1]) for name, pair in zip(names, sums, strict=True) if pair[1]}
         for name in sorted(self._maxima):
-            reduced[f"train/{name}"] = float(distributed.maximum(torch.tensor(self._maxima[name])))
+            if math.isfinite(top := float(distributed.maximum(torch.tensor(self._maxima[name])))):
+                reduced[f"train/{name}"] = top
         self._metrics, self._maxima = {}, {}
         return reduced
 
@@ -203,20 +206,20 @@ class DistillationTrainer(Trainer):
                 (self._staging / name).rename(folder / name)
                 self._staging.rmdir()
                 rotate_checkpoints(output_dir=str(folder), save_total_limit=self.config.train.keep_checkpoints)
-        except (OSError, RuntimeError) as error:
-            # safetensors and torch raise their own types for a full disk; the message is what they share.
-            if isinstance(error, OSError) or "No space left" in str(error) or "iostream" in str(error):
-                raise RunError(
-                    f"run.dir={folder}: {name} could not be saved ({error}); earlier checkpoints are whole: "
-                    "free space and run the same command again"
-                ) from error
-            raise
+        except (OSError, RuntimeError, SafetensorError) as error:
+            # torch's writer has no error type of its own for a full disk: its file's name is what they share.
+            if type(error) is RuntimeError and not re.search("inline_container|iostream", str(error)):
+                raise
+            raise RunError(
+                f"run.dir={folder}: {name} could not be saved ({str(error).splitlines()[0]}); earlier checkpoints "
+                "are whole: free space and run the same command again"
+            ) from error
         finally:
             self._staging = None
 
 
-class _SkipEmptySteps(TrainerCallback):
-    """A step without a single loss token on any rank leaves the weights as they are, weight decay included."""
+class _StepKeeper(TrainerCallback):
+    """Times a step without what is done between steps, and lets a step without a loss token change no weight."""
 
     def __init__(self, trainer: DistillationTrainer) -> None:
         self._trainer = trainer
@@ -224,7 +227,10 @@ class _SkipEmptySteps(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._trainer.window.counts["loss_tokens"] == 0:
             log.warning("step %d has no loss token: skipped", state.global_step + 1)
-            kwargs["optimizer"].zero_grad(set_to_none=True)
+            kwargs["optimizer"].zero_grad(set_to_none=True)  # AdamW then leaves weight decay out too
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.step_seconds = time.perf_counter() - self._trainer.step_started
 
 
 def training_arguments(config: Config, max_steps: int, num_micro_batches: int) -> TrainingArguments:

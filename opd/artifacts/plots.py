@@ -102,7 +102,7 @@ def _panels(metrics: list[dict[str, Any]]) -> list[_Panel]:
     losses = (
         Curve("train/loss", "training", blue),
         Curve("eval/loss", "evaluation", orange, sparse=True),
-        Curve("eval/eval_loss", "evaluation", orange, sparse=True),
+        Curve("eval/loss", "evaluation", orange, sparse=True),
     )
     divergences = (
         Curve("train/forward_kl", "forward KL, training", blue),

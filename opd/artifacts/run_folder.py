@@ -18,7 +18,7 @@ log = logging.getLogger("opd")
 
 # Keys that may differ between an interrupted run and the command that continues it; so may the path of a model that
 # a recipe made.
-_FREE = {("mode",), ("run", "resume"), ("run", "dir"), ("tracking",)}
+_FREE = {("mode",), ("run", "resume"), ("run", "dir"), ("tracking",), ("artifacts",)}
 
 
 RANK_LOGS = ".ranks"  # where the launcher keeps what each rank printed; it is there before the run is
@@ -111,10 +111,10 @@ class RunFolder:
         file = self.path / "result.json"
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
-    def full(self, name: str, error: OSError) -> RunError:
+    def full(self, name: str, error: Exception) -> RunError:
         """What to tell when a file could not be written."""
         return RunError(
-            f"run.dir={self.path}: {name} could not be written ({error.strerror}); earlier checkpoints are whole: "
+            f"run.dir={self.path}: {name} could not be written ({getattr(error, 'strerror', error)}); earlier checkpoints are whole: "
             "free space and run the same command again"
         )
 

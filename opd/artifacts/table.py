@@ -22,7 +22,8 @@ _ORDER = (
     "agreement",
     "forward_kl",
     "reverse_kl",
-    "eval_loss",
+    "loss",
+    "perplexity",
 )
 ARROWS: dict[Direction, str] = {"higher": "↑", "lower": "↓", "neutral": ""}
 

@@ -18,13 +18,17 @@ class SFT(Method):
         """conf/method/sft.yaml."""
 
         name: Literal["sft"]
-        loss_on: Literal["assistant", "last_assistant"] = Field(description="which assistant turns are learnt")
+        loss_on: Literal["assistant", "last_assistant", "all"] = Field(description="which tokens are learnt")
 
     @property
     def needs(self) -> Needs:
         """Completions, from every assistant turn or the last; the only method that keeps the student's dropout."""
-        turns = "all" if self.config.loss_on == "assistant" else "last"
-        return Needs(turns=turns, completions="required", student_dropout=True)
+        return Needs(
+            turns="last" if self.config.loss_on == "last_assistant" else "all",
+            completions="required",
+            prompt_loss=self.config.loss_on == "all",
+            student_dropout=True,
+        )
 
     def loss(self, student: Dense, teachers: dict[str, Scores], batch: Batch) -> Terms:
         """Σ -log π_θ(y_t) / tokens."""

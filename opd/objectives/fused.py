@@ -22,7 +22,7 @@ TokenLoss = Callable[[Tensor, slice], tuple[Tensor, dict[str, Tensor]]]
 
 # Bytes of logits held at a time. On a CPU the sweet spot is about the size of the caches (benchmarks/loss.py);
 # on a GPU larger tiles keep the matrix units busy.
-_TILE_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20, "mps": 64 * 2**20}
+_TILE_BYTES = {"cpu": 24 * 2**20, "cuda": 256 * 2**20, "mps": 64 * 2**20}
 
 
 @dataclass(frozen=True)

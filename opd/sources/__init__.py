@@ -70,6 +70,9 @@ class SequenceSource:
 
     def _from_data(self, example: Example, member: int) -> TokenSequence:
         completion = example.completion_ids or []
+        if self._method.needs.prompt_loss:
+            ids = example.prompt_ids + completion
+            return TokenSequence(example.row, [], ids, [True] * len(ids), member=member)
         mask = example.completion_mask if example.completion_mask is not None else [True] * len(completion)
         finished = bool(completion) and completion[-1] in self._vocabulary.stop_ids
         return TokenSequence(example.row, example.prompt_ids, completion, mask, finished=finished, member=member)
