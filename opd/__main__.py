@@ -73,7 +73,10 @@ def _explain(error: Exception) -> str:
         options = re.findall(r"^\t(\S+)$", text, re.MULTILINE)
         return f"{group}={option}: no such option; {_near(option, options)}"
     if match := re.search(r"Could not override '([^']+)'", text):
-        return f"{match[1]}: unknown key; {_near(match[1], _known_keys())}"
+        inner = re.search(r"full_key: (\S+)", str(error.__cause__))
+        key, known = inner[1] if inner else match[1], _known_keys()
+        remedy = "another option of its group has it (see --cfg job)" if key in known else _near(key, known)
+        return f"{key}: unknown key; {remedy}"
     if "Missing mandatory value" in text:
         key = getattr(error, "full_key", None) or "a key"
         return f"{key}: missing; set {key}=…"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from opd.config import Config, Model, did_you_mean, parse
+from opd.data.walk_rules import evaluation_pairs, training_pairs
 from opd.errors import ConfigError
 from opd.methods import METHODS
 from opd.protocols import Needs
@@ -33,10 +34,21 @@ def _mode(config: Config) -> list[str]:
 
 
 def _models(config: Config) -> list[str]:
-    problems = [*_path("model.student", config.model.student), *_path("model.teacher", config.model.teacher)]
+    models = {"model.student": config.model.student, "model.teacher": config.model.teacher}
+    problems = [line for key, model in models.items() for line in (*_path(key, model), *_recipe(key, model))]
     if config.model.student.path is None and config.model.student.recipe is None:
         problems.append("model.student.path=None: the student needs a folder or hub id; or model/student=walk")
     return problems
+
+
+def _recipe(key: str, model: Model) -> list[str]:
+    if model.path is not None or model.recipe is None or model.recipe.hidden_size % (2 * model.recipe.num_heads) == 0:
+        return []
+    size, heads = model.recipe.hidden_size, model.recipe.num_heads
+    return [
+        f"{key}.recipe.hidden_size={size}: not a multiple of twice {key}.recipe.num_heads={heads}; "
+        f"choose a multiple of {2 * heads}"
+    ]
 
 
 def _path(key: str, model: Model) -> list[str]:
@@ -55,14 +67,24 @@ def _path(key: str, model: Model) -> list[str]:
 
 def _data(config: Config) -> list[str]:
     data = config.data
-    if data.name == "file" and data.path is None:
+    if data.name == "walk":
+        limits = {"limit": len(training_pairs()), "eval_prompts": len(evaluation_pairs())}
+        asked = {key: getattr(data, key) or 0 for key in limits}
+        return [
+            f"data.{key}={asked[key]}: the walk has {most} such prompts; lower it to {most} or less"
+            for key, most in limits.items()
+            if asked[key] > most
+        ]
+    if data.path is None:
         return ["data.path=None: data=file reads a file; set data.path"]
-    if data.name == "file" and not Path(str(data.path)).is_file():
+    if Path(data.path).is_dir():
+        return [f"data.path={data.path}: is a folder; name one file in it"]
+    if not Path(data.path).is_file():
         return [
             f"data.path={data.path}: no such file (looked from {Path.cwd()}); give a .json .jsonl .csv .parquet .txt"
         ]
     needs = METHODS[config.method.name](config.method).needs
-    if data.name == "file" and str(data.path).endswith(".txt") and needs.completions == "required":
+    if data.path.endswith(".txt") and needs.completions == "required":
         return [
             f"data.path={data.path}: a .txt file holds prompts only, and {_which(config)} learns from completions; "
             "give .jsonl rows with `messages`, or choose an on-policy method"

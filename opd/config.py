@@ -22,7 +22,7 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Schema(BaseModel):
-    """A section of the config: immutable, no key beyond those named, no NaN and no infinity, and `true` is no number."""
+    """A section of the config: immutable, no key beyond those named, types as they are written, finite."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
 
@@ -51,7 +51,7 @@ class WalkRecipe(Schema):
     hidden_size: PositiveInt
     num_layers: PositiveInt
     num_heads: PositiveInt
-    vocab_size: PositiveInt = Field(description="asked of the tokenizer's training; 512 reaches 468 entries")
+    vocab_size: int = Field(ge=261, description="asked of the tokenizer's training; 512 reaches 468 entries")
     detour_probability: Fraction = Field(description="share of random legal moves in the corpus; never a target")
     steps: PositiveInt
     batch_size: PositiveInt
@@ -106,7 +106,7 @@ class Data(Schema):
     path: str | None = Field(default=None, description="data=file: .json .jsonl .csv .parquet, or .txt of prompts")
     limit: PositiveInt | None = Field(default=None, description="use only the first rows")
     eval_prompts: Count = Field(description="prompts held out for evaluation")
-    columns: dict[str, str] = Field(default_factory=dict, description="opd's column: the file's column")
+    columns: dict[str, str | None] = Field(default_factory=dict, description="opd's column: the file's; null: the same")
     max_prompt_length: PositiveInt = Field(description="tokens; a longer prompt is dropped and counted")
     max_completion_length: PositiveInt = Field(description="tokens; a longer data completion is cut and counted")
 

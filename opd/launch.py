@@ -6,8 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from opd.artifacts.run_folder import RANK_LOGS
-from opd.artifacts.run_folder import RunFolder
+from opd.artifacts.run_folder import RANK_LOGS, RunFolder
 from opd.config import Config
 from opd.errors import ConfigError, RunError
 
@@ -68,10 +67,12 @@ def _start_ranks(config: Config) -> None:
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         # Rank 0 has the console; the others write to files.
-        logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects={rank: Std.ALL for rank in range(1, ranks)}),
+        logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects=dict.fromkeys(range(1, ranks), Std.ALL)),
     )
     try:
         elastic_launch(settings, sys.executable)("-u", "-m", "opd.worker", str(specification))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
+        if failure.exitcode == ConfigError.exit_code:
+            sys.exit(ConfigError.exit_code)  # rank 0 has said it
         raise RunError(f"rank {rank} failed (exit code {failure.exitcode}): {failure.message}; see {logs}") from None

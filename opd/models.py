@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import jinja2
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -26,6 +28,7 @@ from opd.errors import ConfigError
 from opd.protocols import Head
 
 Result = TypeVar("Result")
+_COMPLETE = "give a complete folder, as save_pretrained of model and tokenizer write it"
 
 
 @dataclass(frozen=True)
@@ -43,23 +46,42 @@ def load_tokenizer(model: Model, path: str, key: str) -> PreTrainedTokenizerBase
         tokenizer = AutoTokenizer.from_pretrained(
             path, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{key}={path}: no tokenizer loads from it ({_first_line(error)})") from None
+    except Exception as error:  # it reads config.json too, whose checks raise types of their own
+        raise ConfigError(f"{key}={path}: no tokenizer loads from it ({_first_line(error)}); {_COMPLETE}") from None
+    # Without tokenizer files transformers makes a tokenizer of a few special tokens.
+    if set(tokenizer("a", add_special_tokens=False)["input_ids"]) <= set(tokenizer.all_special_ids):
+        raise ConfigError(f"{key}={path}: no tokenizer lies there; {_COMPLETE}")
     if model.chat_template is not None:
-        template = Path(model.chat_template)
+        template, setting = Path(model.chat_template), f"{key.rsplit('.', 1)[0]}.chat_template={model.chat_template}"
         if not template.is_file():
-            raise ConfigError(f"{key.rsplit('.', 1)[0]}.chat_template={template}: no such file")
+            raise ConfigError(f"{setting}: no such file (looked from {Path.cwd()}); name a file with a Jinja template")
         tokenizer.chat_template = template.read_text(encoding="utf-8")
+        try:
+            tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+        except jinja2.TemplateSyntaxError as error:
+            raise ConfigError(f"{setting}: not a Jinja template (line {error.lineno}: {error}); mend it") from None
     return tokenizer
 
 
-def vocabulary_width(model: Model, path: str, key: str) -> int:
-    """Rows of the embedding table, read from the config without loading a weight."""
+@dataclass(frozen=True)
+class Shape:
+    """What a model's config says before a weight is loaded."""
+
+    vocab_size: int  # rows of the embedding table
+    max_positions: int | None  # the longest sequence it was made for; None where its config names no limit
+
+
+def read_shape(model: Model, path: str, key: str) -> Shape:
+    """The shape of a model, from its config.json."""
     try:
         config = AutoConfig.from_pretrained(path, revision=model.revision, trust_remote_code=model.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{key}={path}: not a model that transformers knows ({_first_line(error)})") from None
-    return int(config.get_text_config().vocab_size)
+    except Exception as error:
+        raise ConfigError(
+            f"{key}={path}: its config.json is of no model that transformers knows ({_first_line(error)}); "
+            "choose another folder, or upgrade transformers"
+        ) from None
+    text = config.get_text_config()
+    return Shape(int(text.vocab_size), getattr(text, "max_position_embeddings", None))
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase, path: str, model: Model) -> frozenset[int]:
@@ -82,21 +104,24 @@ def shared_vocabulary(
     """What both models can score. Padded embedding tables are cut; tokenizers that differ are refused."""
     size = min(widths)
     if not stops:
-        raise ConfigError("model.student: its tokenizer has no eos token, so no completion can end; set eos_token")
+        raise ConfigError(
+            f"model.student.path={student.name_or_path}: its tokenizer has no eos token, so no completion can end; "
+            "set eos_token in its tokenizer_config.json"
+        )
     if teacher is not None:
         mine, theirs = student.get_vocab(), teacher.get_vocab()
         differing = sorted(token for token in mine.keys() | theirs.keys() if mine.get(token) != theirs.get(token))
         if differing:
             token = differing[0]
             raise ConfigError(
-                f"model.teacher: its tokenizer is not the student's: {len(differing)} tokens differ, "
-                f"e.g. {token!r} is id {mine.get(token)} for the student and {theirs.get(token)} for the teacher; "
-                "choose a teacher of the same family"
+                f"model.teacher.path={teacher.name_or_path}: its tokenizer is not the student's: {len(differing)} "
+                f"tokens differ, e.g. {token!r} is id {mine.get(token)} for the student and {theirs.get(token)} for "
+                "the teacher; choose a teacher of the same family"
             )
     if len(student) > size:
         raise ConfigError(
-            f"model.student: its tokenizer has {len(student)} ids but the heads share only {size} columns; "
-            "choose a teacher whose embedding table covers the tokenizer"
+            f"model.student.path={student.name_or_path}: its tokenizer has {len(student)} ids but the heads share only "
+            f"{size} columns; choose a teacher whose embedding table covers the tokenizer"
         )
     pad = student.pad_token_id
     return Vocabulary(size, stops, int(pad) if isinstance(pad, int) else min(stops))
@@ -106,15 +131,22 @@ def load_model(model: Model, path: str, key: str, *, dtype: torch.dtype) -> PreT
     """The weights, on the CPU."""
     wanted = dtype if model.dtype == "auto" else getattr(torch, model.dtype)
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        loaded, report = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]  a pair with output_loading_info
             path,
             revision=model.revision,
             dtype=wanted,
             attn_implementation=model.attention,
             trust_remote_code=model.trust_remote_code,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, ImportError) as error:
-        raise ConfigError(f"{key}={path}: its weights do not load ({_first_line(error)})") from None
+    except Exception as error:  # safetensors, torch and transformers each raise types of their own
+        if "attention" in str(error).lower():
+            setting = f"{key.rsplit('.', 1)[0]}.attention={model.attention}"
+            raise ConfigError(f"{setting}: not for this model ({_first_line(error)}); set it to eager") from None
+        raise ConfigError(f"{key}={path}: its weights do not load ({_first_line(error)}); {_COMPLETE}") from None
+    if missing := sorted(report["missing_keys"]):
+        raise ConfigError(f"{key}={path}: {len(missing)} weights are not in it, e.g. {missing[0]}; {_COMPLETE}")
+    return loaded
 
 
 def build_walk_model(recipe: WalkRecipe, tokenizer: Any) -> PreTrainedModel:
@@ -149,7 +181,11 @@ def add_lora(model: PreTrainedModel, lora: LoRA) -> Any:
         target_modules=lora.targets,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config)
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        problem = f"does not fit this model ({_first_line(error)})"
+        raise ConfigError(f"model.student.lora.targets={lora.targets}: {problem}; use all-linear") from None
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -236,4 +272,5 @@ def check_head(model: PreTrainedModel, key: str) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return textwrap.shorten(lines[0], 200, placeholder=" …")

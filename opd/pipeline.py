@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from opd import distributed
@@ -17,7 +18,7 @@ from opd.artifacts.report import write_report
 from opd.artifacts.run_folder import RunFolder
 from opd.artifacts.table import before_after_table, format_table
 from opd.config import Config
-from opd.data import DataSet, load_data
+from opd.data import DataSet, check_lengths, load_data
 from opd.embedded import ensure_models
 from opd.evaluate import Evaluator
 from opd.methods import METHODS
@@ -29,9 +30,9 @@ from opd.models import (
     freeze,
     load_model,
     load_tokenizer,
+    read_shape,
     shared_vocabulary,
     stop_ids,
-    vocabulary_width,
 )
 from opd.protocols import Method
 from opd.recorder import Recorder
@@ -62,7 +63,6 @@ def prepare(config: Config) -> Config:
     """The config with every model on disk: the embedded task's are trained here if they are not kept yet."""
     _quieten(config)
     start_logging()
-    RunFolder(config)  # refuse a folder that cannot be used before anything is trained for it
     return ensure_models(config)
 
 
@@ -105,37 +105,58 @@ def _load(config: Config) -> _Run:
     """Tokenizers, then data, then weights: what can be refused is refused before the expensive part."""
     folder = RunFolder(config)
     method = METHODS[config.method.name](config.method)
-    student, teacher = config.model.student, config.model.teacher
-    assert student.path is not None
-    tokenizer = load_tokenizer(student, student.path, "model.student.path")
-    widths, teacher_tokenizer = [vocabulary_width(student, student.path, "model.student.path")], None
-    if teacher.path is not None:
-        teacher_tokenizer = load_tokenizer(teacher, teacher.path, "model.teacher.path")
-        widths.append(vocabulary_width(teacher, teacher.path, "model.teacher.path"))
-    stops = stop_ids(tokenizer, student.path, student)
-    vocabulary = shared_vocabulary(tokenizer, teacher_tokenizer, widths, stops)
+    tokenizer, vocabulary, max_positions = _load_tokenizers(config)
     data = load_data(config, tokenizer, method.needs, vocabulary.stop_ids)
+    check_lengths(config, data, method.needs, max_positions)
     steps = config.train.max_steps or -(-round(len(data.train) * config.train.num_epochs) // config.train.batch_size)
+    student, teacher = _load_student(config, method), _load_teacher(config, vocabulary)
+    evaluator = Evaluator(config, data, tokenizer=tokenizer, vocabulary=vocabulary, teacher=teacher)
+    return _Run(config, folder, method, tokenizer, vocabulary, data, student, teacher, evaluator, steps)
 
-    device = _device(config)
-    student_model: Any = load_model(student, student.path, "model.student.path", dtype=torch.float32)
-    check_head(student_model, "model.student.path")
+
+def _load_tokenizers(config: Config) -> tuple[Any, Vocabulary, dict[str, int | None]]:
+    """The student's tokenizer, what it shares with the teacher's, and the longest sequence of each model."""
+    tokenizers, shapes = {}, {}
+    for key, model in (("model.student.path", config.model.student), ("model.teacher.path", config.model.teacher)):
+        if model.path is not None:
+            tokenizers[key] = load_tokenizer(model, model.path, key)
+            shapes[key] = read_shape(model, model.path, key)
+    student = config.model.student
+    assert student.path is not None
+    tokenizer = tokenizers["model.student.path"]
+    vocabulary = shared_vocabulary(
+        tokenizer,
+        tokenizers.get("model.teacher.path"),
+        [shape.vocab_size for shape in shapes.values()],
+        stop_ids(tokenizer, student.path, student),
+    )
+    return tokenizer, vocabulary, {key: shape.max_positions for key, shape in shapes.items()}
+
+
+def _load_student(config: Config, method: Method) -> Any:
+    student = config.model.student
+    assert student.path is not None
+    model: Any = load_model(student, student.path, "model.student.path", dtype=torch.float32)
+    check_head(model, "model.student.path")
     if not method.needs.student_dropout:
-        disable_dropout(student_model)
+        disable_dropout(model)
     if student.gradient_checkpointing:
-        student_model.gradient_checkpointing_enable()
+        model.gradient_checkpointing_enable()
     if student.lora is not None:
         torch.manual_seed(config.run.seed)
-        student_model = add_lora(student_model, student.lora)
-    local = None
-    if teacher.path is not None:
-        dtype = torch.bfloat16 if config.hardware.precision == "bf16" else torch.float32
-        teacher_model: Any = freeze(load_model(teacher, teacher.path, "model.teacher.path", dtype=dtype))
-        teacher_model.to(device)
-        check_head(teacher_model, "model.teacher.path")
-        local = LocalTeacher(teacher_model, vocab_size=vocabulary.size, top_k=teacher.top_k)
-    evaluator = Evaluator(config, data, tokenizer=tokenizer, vocabulary=vocabulary, teacher=local)
-    return _Run(config, folder, method, tokenizer, vocabulary, data, student_model.to(device), local, evaluator, steps)
+        model = add_lora(model, student.lora)
+    return model.to(_device(config))
+
+
+def _load_teacher(config: Config, vocabulary: Vocabulary) -> LocalTeacher | None:
+    teacher = config.model.teacher
+    if teacher.path is None:
+        return None
+    dtype = torch.bfloat16 if config.hardware.precision == "bf16" else torch.float32
+    model: Any = freeze(load_model(teacher, teacher.path, "model.teacher.path", dtype=dtype))
+    model.to(_device(config))
+    check_head(model, "model.teacher.path")
+    return LocalTeacher(model, vocab_size=vocabulary.size, top_k=teacher.top_k)
 
 
 def _train(loaded: _Run, recorder: Recorder) -> dict[str, Any]:
@@ -168,7 +189,10 @@ def _train(loaded: _Run, recorder: Recorder) -> dict[str, Any]:
         callbacks=[recorder],
     )
     started = time.perf_counter()
-    trainer.resume(loaded.folder.checkpoint)
+    try:
+        trainer.resume(loaded.folder.checkpoint)
+    finally:
+        recorder.end_progress()
     seconds = time.perf_counter() - started
     if distributed.rank() == 0:
         _save_final(loaded)
@@ -185,7 +209,7 @@ def _save_final(loaded: _Run) -> None:
             loaded.student = model
         model.save_pretrained(folder / "final_model")
         loaded.tokenizer.save_pretrained(folder / "final_model")
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise loaded.folder.full("final_model", error) from error
 
 

@@ -177,7 +177,7 @@ class Needs:
     `teachers`: name -> kind of scores it is read for. `turns`: which assistant turns of a conversation are completion.
     `completions`: "required" (every row must bring one), "optional", or "unused".
     `window`: the method wants token log-probabilities of the whole optimizer step before its loss (Method.window).
-    `prompt_loss`: the prompt's tokens are targets too. `num_substeps`: optimizer steps that one batch of rollouts is split into.
+    `prompt_loss`: the prompt's tokens are targets too.
     """
 
     teachers: dict[str, Literal["dense", "any", "logprobs"]] = field(default_factory=dict)

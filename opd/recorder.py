@@ -60,8 +60,8 @@ class Recorder(TrainerCallback):
         """Start the bar where the run continues."""
         self._progress = Progress(self._config.method.name, self._max_steps, state.global_step)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leave the bar."""
+    def end_progress(self) -> None:
+        """Leave the bar, so that what is printed next has a line of its own."""
         if self._progress is not None:
             self._progress.close()
 

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from opd.conditions import validated
+from opd.errors import OpdError
 from opd.pipeline import run
 
 
@@ -20,6 +21,11 @@ def main() -> None:
     dist.init_process_group("nccl" if config.hardware.device == "cuda" else "gloo")
     try:
         run(config)
+    except OpdError as error:
+        if dist.get_rank() == 0:
+            for line in str(error).splitlines():
+                sys.stderr.write(f"opd: {line}\n")
+        sys.exit(error.exit_code)
     finally:
         dist.destroy_process_group()
 

@@ -113,8 +113,9 @@ class RunFolder:
 
     def full(self, name: str, error: Exception) -> RunError:
         """What to tell when a file could not be written."""
+        reason = getattr(error, "strerror", None) or error
         return RunError(
-            f"run.dir={self.path}: {name} could not be written ({getattr(error, 'strerror', error)}); earlier checkpoints are whole: "
+            f"run.dir={self.path}: {name} could not be written ({reason}); earlier checkpoints are whole: "
             "free space and run the same command again"
         )
 

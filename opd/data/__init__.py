@@ -46,6 +46,24 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase, needs: Needs, 
     return data
 
 
+def check_lengths(config: Config, data: DataSet, needs: Needs, max_positions: dict[str, int | None]) -> None:
+    """Refuse sequences longer than a model was made for: beyond its positions it computes, but not sense.
+
+    `max_positions`: {key of the model's path: its limit}.
+    """
+    rows = [data.train[row] for row in range(len(data.train))] + list(data.evaluation)
+    sampled = config.rollout.max_completion_tokens if needs.rollouts or data.evaluation else 0
+    longest = max(len(row.prompt_ids) + max(len(row.completion_ids or []), sampled) for row in rows)
+    for key, limit in max_positions.items():
+        if limit is not None and longest > limit:
+            raise ConfigError(
+                f"{key}: it has {limit} positions, and prompt and completion reach {longest}; lower "
+                f"data.max_prompt_length={config.data.max_prompt_length}, "
+                f"data.max_completion_length={config.data.max_completion_length} or "
+                f"rollout.max_completion_tokens={config.rollout.max_completion_tokens}"
+            )
+
+
 def _counts(settings: Data, data: DataSet) -> str:
     rows, held_out = data.summary.get("rows", len(data.train)), len(data.evaluation)
     return f"{rows} rows, {held_out} held out by data.eval_prompts={settings.eval_prompts}"
@@ -74,7 +92,7 @@ def _file(config: Config, tokenizer: PreTrainedTokenizerBase, needs: Needs, stop
         limit=settings.limit,
         max_prompt_length=settings.max_prompt_length,
         max_completion_length=settings.max_completion_length,
-        columns=settings.columns,
+        columns={ours: theirs for ours, theirs in settings.columns.items() if theirs is not None},
     )
     if needs.rollouts and (promptless := next((e for e in examples if not e.prompt_ids), None)):
         raise ConfigError(

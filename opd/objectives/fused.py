@@ -20,8 +20,8 @@ from opd.protocols import Dense, Head
 TokenLoss = Callable[[Tensor, slice], tuple[Tensor, dict[str, Tensor]]]
 """(logits of some tokens [n, V], which tokens) -> (their losses [n], differentiable; metrics [n], constant)."""
 
-# Bytes of logits held at a time. On a CPU the sweet spot is about the size of the caches (benchmarks/loss.py);
-# on a GPU larger tiles keep the matrix units busy.
+# Bytes of logits held at a time. On a CPU smaller tiles are slower, because the head's gradient is read and written
+# once a tile, and larger ones only cost memory (docs/lab-log.md). The GPU's size is a guess, not yet measured.
 _TILE_BYTES = {"cpu": 24 * 2**20, "cuda": 256 * 2**20, "mps": 64 * 2**20}
 
 
