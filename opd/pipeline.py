@@ -130,6 +130,15 @@ def _load_tokenizers(config: Config) -> tuple[Any, Vocabulary, dict[str, int | N
         [shape.vocab_size for shape in shapes.values()],
         stop_ids(tokenizer, student.path, student),
     )
+    teacher = tokenizers.get("model.teacher.path")
+    if teacher is not None and teacher.eos_token_id not in vocabulary.stop_ids:
+        log.warning(
+            "model.teacher.path=%s ends its answers with %r, the student with %s: what the teacher calls the end, the "
+            "student's rollouts go past; give both the same end token (often a base model beside an instruct model)",
+            config.model.teacher.path,
+            teacher.eos_token,
+            tokenizer.convert_ids_to_tokens(sorted(vocabulary.stop_ids)),
+        )
     return tokenizer, vocabulary, {key: shape.max_positions for key, shape in shapes.items()}
 
 
