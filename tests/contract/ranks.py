@@ -1,0 +1,75 @@
+"""Two ranks that train every variant, one after the other, in one pair of processes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers.utils import logging as transformers_logging
+
+from contract.command import FORKS
+from contract.tiny import Told, fourth_of_the_step, train
+from contract.variants import ALL_VARIANTS, VARIANTS, Variant, tiny_config
+
+RANKS = 2
+
+
+def rows_of_the_first_rank(number: int) -> bool:
+    """Nothing for rank 0 to learn in a first step of 16 prompts."""
+    return number < 8
+
+
+def every_row(number: int) -> bool:
+    return True
+
+
+DEFAULTS = [variant for variant in VARIANTS if variant.label == "defaults"]
+
+# Which prompts come without a loss token -> the variants that are trained so.
+CASES: dict[str, tuple[Callable[[int], bool], list[Variant]]] = {
+    "ragged": (fourth_of_the_step, ALL_VARIANTS),
+    "one_rank_empty": (rows_of_the_first_rank, DEFAULTS),
+    "all_empty": (every_row, DEFAULTS),
+}
+
+
+def train_case(case: str, variant: Variant, world_size: int) -> Told:
+    """One step of the variant; micro-batches are small, so that they differ on one rank and on two."""
+    config = tiny_config(variant, train={"micro_batch_size": 3}, hardware={"processes_per_node": world_size})
+    return train(config, empties=CASES[case][0])
+
+
+def train_on_two_ranks(folder: Path) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """{(case, variant): what each rank tells}."""
+    processes = [FORKS.Process(target=_rank, args=(rank, str(folder)), daemon=True) for rank in range(RANKS)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=240)
+        assert process.exitcode == 0, "a rank failed; its traceback stands above"
+    told = [torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in range(RANKS)]
+    return {key: [part[key] for part in told] for key in told[0]}
+
+
+def _rank(rank: int, folder: str) -> None:
+    transformers_logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS), LOCAL_WORLD_SIZE=str(RANKS))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # accelerate asks; the ranks meet in a file
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
+    told = {}
+    for case, (_, variants) in CASES.items():
+        for variant in variants:
+            one = train_case(case, variant, RANKS)
+            told[case, str(variant)] = {
+                "named": one.named[0],
+                "gradient": one.gradients[0],
+                "rollouts": one.rollouts,
+                "weights": one.student.state_dict(),
+            }
+    torch.save(told, f"{folder}/rank-{rank}.pt")
+    dist.destroy_process_group()
