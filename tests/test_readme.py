@@ -18,8 +18,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 BASH = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL)).replace("\\\n", " ")
 COMMANDS = [line.split("#")[0].strip() for line in BASH.splitlines() if line.startswith("python -m opd")]
 ON_GPU = re.compile(r"hardware=(h100|a800)")
-SMALL = "train.max_steps=1 train.batch_size=4 data.eval_prompts=4 train.eval_every_steps=0".split()
-SMALL_WALK = "model.student.recipe.steps=2 model.teacher.recipe.steps=2 train.warmup_steps=0".split()
+SMALL = ["train.max_steps=1", "train.batch_size=4", "data.eval_prompts=4", "train.eval_every_steps=0"]
+SMALL_WALK = ["model.student.recipe.steps=2", "model.teacher.recipe.steps=2", "train.warmup_steps=0"]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,12 @@ def test_a_command_of_the_readme_runs(command, workplace):
         words += SMALL if "data=file" in command else [*SMALL, *SMALL_WALK]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OPD_ARTIFACTS": str(workplace / "artifacts")}
     done = subprocess.run(
-        [sys.executable, "-m", "opd", *words], cwd=workplace, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "opd", *words],
+        cwd=workplace,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     if "--cfg" not in words:

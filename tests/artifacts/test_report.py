@@ -120,9 +120,7 @@ def test_only_panels_with_data_are_drawn(run_dir):
 def test_a_script_written_by_a_model_is_escaped_wherever_it_appears(run_dir):
     evil = "<script>alert(1)</script>"
     texts = {"prompt": evil, "completion": evil, "reference": evil, "origin": evil, evil: 1}
-    write_lines(
-        run_dir / "samples.jsonl", [sample(phase, 1) | texts for phase in ("before", "train", "after")]
-    )
+    write_lines(run_dir / "samples.jsonl", [sample(phase, 1) | texts for phase in ("before", "train", "after")])
     (run_dir / "config.yaml").write_text(f"run: {{name: '{evil}'}}")
     html, _ = render(run_dir)
     assert "<script" not in html
@@ -137,9 +135,7 @@ def test_a_completion_cannot_close_its_markdown_block(run_dir):
 
 def test_unicode_survives_and_half_a_surrogate_pair_does_not_crash(run_dir):
     good = "Что? 日本語 🧮 e\u0301 \u2028 \u202e"
-    write_lines(
-        run_dir / "samples.jsonl", [sample("before", 0, completion=good), sample("after", 1, "\ud83d\x00?")]
-    )
+    write_lines(run_dir / "samples.jsonl", [sample("before", 0, completion=good), sample("after", 1, "\ud83d\x00?")])
     html, markdown = render(run_dir)
     assert good in html and good in markdown
     assert "\\ud83d\\x00?" in html
@@ -154,9 +150,7 @@ def test_a_run_without_result_says_interrupted_and_at_which_step(run_dir):
 
 def test_an_interrupted_run_shows_its_last_evaluation(run_dir):
     (run_dir / "result.json").unlink()
-    evaluations = [
-        {"step": step, "eval/success_greedy": value} for step, value in ((0, 0.25), (20, 0.5), (40, 0.75))
-    ]
+    evaluations = [{"step": step, "eval/success_greedy": value} for step, value in ((0, 0.25), (20, 0.5), (40, 0.75))]
     write_lines(run_dir / "metrics.jsonl", [*evaluations, {"step": 47, "train/loss": 1.0}])
     _, markdown = render(run_dir)
     assert "interrupted at step 47" in markdown
@@ -191,9 +185,7 @@ def test_an_empty_folder_gets_a_report_that_says_so_in_every_section(tmp_path):
             assert f"{what} ({file})." in text
 
 
-@pytest.mark.parametrize(
-    "junk", ["", "{", "[1, 2]", "null", "3", "a: b: c", '{"before": 3, "after": [1]}', "\xff"]
-)
+@pytest.mark.parametrize("junk", ["", "{", "[1, 2]", "null", "3", "a: b: c", '{"before": 3, "after": [1]}', "\xff"])
 def test_no_malformed_file_crashes_the_report(tmp_path, junk):
     for name in ("config.yaml", "provenance.json", "metrics.jsonl", "samples.jsonl", "result.json"):
         (tmp_path / name).write_text(junk, encoding="latin-1")
@@ -227,10 +219,7 @@ def test_nan_and_inf_are_shown_as_such(run_dir):
     values = [math.nan, math.inf, -math.inf, 1.0, "NaN"]
     write_lines(
         run_dir / "metrics.jsonl",
-        [
-            {"step": step, "train/loss": value, "train/grad_norm": math.nan}
-            for step, value in enumerate(values, 1)
-        ],
+        [{"step": step, "train/loss": value, "train/grad_norm": math.nan} for step, value in enumerate(values, 1)],
     )
     html, markdown = render(run_dir)
     assert "| eval_loss | ↓ lower | 1.000 | nan | nan | undefined |" in markdown

@@ -58,8 +58,7 @@ def test_all_turns_are_loss_tokens_and_what_lies_between_is_not(build):
     tokenizer = build()
     example = rendered({"messages": TWO_TURNS}, tokenizer, "all")
     assert text(tokenizer, example.prompt_ids) == (
-        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHello there<|im_end|>\n"
-        "<|im_start|>assistant\n"
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHello there<|im_end|>\n<|im_start|>assistant\n"
     )
     assert loss_texts(example, tokenizer) == ["Hi, how are you?<|im_end|>", "I am fine, 谢谢.<|im_end|>"]
     assert text(tokenizer, example.completion_ids) == (
@@ -150,9 +149,7 @@ def test_without_a_template_contents_are_concatenated_and_the_eos_appended():
     example = rendered({"prompt": "What is 2 + 2?", "completion": " It is 4."}, tokenizer)
     assert text(tokenizer, example.prompt_ids) == "What is 2 + 2?"
     assert text(tokenizer, example.completion_ids) == " It is 4.<|endoftext|>"
-    assert (
-        example.prompt_ids + example.completion_ids[:-1] == tokenizer("What is 2 + 2? It is 4.")["input_ids"]
-    )
+    assert example.prompt_ids + example.completion_ids[:-1] == tokenizer("What is 2 + 2? It is 4.")["input_ids"]
 
 
 def test_without_a_template_the_tokenizers_own_bos_stands_in_front_once():

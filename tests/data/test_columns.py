@@ -82,9 +82,7 @@ def test_what_the_template_refuses_is_refused_in_its_words():
 
 @pytest.mark.parametrize("hidden", ["user", "assistant"])
 def test_a_template_that_leaves_out_what_a_message_says_is_refused(hidden):
-    tokenizer = chatml(
-        small_tokenizers.CHATML.replace("m['content']", f"m['content'] if m['role'] != '{hidden}'")
-    )
+    tokenizer = chatml(small_tokenizers.CHATML.replace("m['content']", f"m['content'] if m['role'] != '{hidden}'"))
     number = {"user": 0, "assistant": 1}[hidden]
     fields = {"prompt": "Hello", "completion": "Hi"}
     refusal(fields, f"does not show the content of message {number}", tokenizer=tokenizer)

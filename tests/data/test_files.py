@@ -166,18 +166,14 @@ def test_naming_a_prompt_column_hides_the_messages(load):
 
 
 def test_naming_another_column_hides_nothing(load):
-    example = load([{"messages": [{"role": "user", "content": "x"}], "gold": 1}], columns={"answer": "gold"})[
-        0
-    ]
+    example = load([{"messages": [{"role": "user", "content": "x"}], "gold": 1}], columns={"answer": "gold"})[0]
     assert "user\nx<" in chatml().decode(example.prompt_ids)
 
 
 def test_a_column_that_is_not_there_is_refused_with_those_that_are(refuse):
     rows = [{"question": "a", "n": 1}, {"n": 2}]
     columns = {"prompt": "qestion"}
-    refuse(
-        rows, "row 1", "data.columns.prompt=qestion", "question, n", "did you mean question?", columns=columns
-    )
+    refuse(rows, "row 1", "data.columns.prompt=qestion", "question, n", "did you mean question?", columns=columns)
     refuse(rows, "row 2", "columns found: n", columns={"prompt": "question"})
 
 

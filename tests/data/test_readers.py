@@ -154,9 +154,7 @@ def test_a_file_without_rows_is_refused(tmp_path, name, content):
 def test_a_csv_of_nothing_but_a_header_an_empty_list_and_an_empty_table_are_refused(tmp_path):
     refusal(write(tmp_path / "a.csv", "prompt,completion\n"), "no rows")
     refusal(write(tmp_path / "a.json", "[]"), "no rows")
-    parquet.write_table(
-        pyarrow.table({"prompt": pyarrow.array([], pyarrow.string())}), tmp_path / "a.parquet"
-    )
+    parquet.write_table(pyarrow.table({"prompt": pyarrow.array([], pyarrow.string())}), tmp_path / "a.parquet")
     refusal(tmp_path / "a.parquet", "no rows")
 
 

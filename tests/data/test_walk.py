@@ -213,9 +213,7 @@ def test_the_tokenizer_has_the_same_bytes_in_every_process(tokenizer):
         "import hashlib; from opd.data.walk_tokenizer import build_tokenizer as b;"
         "print(hashlib.sha256(b().backend_tokenizer.to_str().encode()).hexdigest())"
     )
-    other = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    ).stdout.strip()
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     assert hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest() == other
 
 
