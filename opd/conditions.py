@@ -105,6 +105,11 @@ def _method(config: Config) -> list[str]:
             f"model.teacher.top_k={config.model.teacher.top_k}: {_which(config)} needs the teacher's whole "
             "distribution; set it to null"
         )
+    if config.model.teacher.top_k is not None and set(needs.teachers.values()) <= {"logprobs"}:
+        problems.append(
+            f"model.teacher.top_k={config.model.teacher.top_k}: {_which(config)} does not read the teacher's "
+            "distribution; set it to null"
+        )
     if config.rollout.group_size > 1 and not needs.rollouts:
         problems.append(
             f"rollout.group_size={config.rollout.group_size}: {_which(config)} samples nothing; set it to 1"

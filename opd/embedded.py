@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from opd import models, trainer, window
 from opd.artifacts.console import Progress
 from opd.artifacts.store import Store, code_version
 from opd.config import Config, WalkRecipe
@@ -14,7 +16,7 @@ from opd.data import walk, walk_rules, walk_tokenizer
 from opd.methods import sft
 from opd.methods.sft import SFT
 from opd.models import Vocabulary, build_walk_model
-from opd.objectives import likelihood
+from opd.objectives import fused, likelihood
 from opd.sources import Sampling, SequenceSource
 from opd.trainer import DistillationTrainer
 
@@ -24,18 +26,20 @@ log = logging.getLogger("opd")
 def ensure_models(config: Config) -> Config:
     """The config with a path for every model that had only a recipe."""
     store = Store(Path(config.artifacts.dir))
-    models = {}
+    found = {}
     for role in ("student", "teacher"):
         model = getattr(config.model, role)
         if model.path is None and model.recipe is not None:
             model = model.model_copy(update={"path": str(_walk_model(store, role, model.recipe, config))})
-        models[role] = model
-    return config.model_copy(update={"model": config.model.model_copy(update=models)})
+        found[role] = model
+    return config.model_copy(update={"model": config.model.model_copy(update=found)})
 
 
 def _walk_model(store: Store, role: str, recipe: WalkRecipe, config: Config) -> Path:
     """Folder of the walk model of this recipe."""
-    code = code_version([walk, walk_rules, walk_tokenizer, sft, likelihood])
+    # Everything that decides what the recipe becomes, this file included.
+    own = sys.modules[__name__]
+    code = code_version([own, walk, walk_rules, walk_tokenizer, models, sft, likelihood, fused, window, trainer])
     content = {"recipe": recipe.model_dump(), "code": code}
 
     def make(folder: Path) -> None:

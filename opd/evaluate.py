@@ -41,6 +41,7 @@ class Evaluator:
         self._config, self._data, self._tokenizer = config, data, tokenizer
         self._vocabulary, self._teacher = vocabulary, teacher
         self._rows = list(data.evaluation[distributed.rank() :: distributed.world_size()])
+        self._prompted = [row for row in self._rows if row.prompt_ids]  # running text is only scored
         self._teacher_answers: list[Completion] = []
 
     def __call__(self, model: Any) -> tuple[dict[str, float], list[dict[str, Any]]]:
@@ -55,12 +56,13 @@ class Evaluator:
             return {}, samples
         sampled: list[Completion] = []
         if settings.greedy:
-            answers = self._answer(model, self._rows, "greedy")
-            samples = self._score(self._rows, answers, "_greedy", sums)
+            answers = self._answer(model, self._prompted, "greedy")
+            samples = self._score(self._prompted, answers, "_greedy", sums)
             self._probe(model, sums)
         if settings.sampled or (settings.divergence and self._teacher):
-            sampled = self._answer(model, self._rows, "sampled")
-            self._score(self._rows, sampled, "_sampled", sums)
+            sampled = self._answer(model, self._prompted, "sampled")
+        if settings.sampled:
+            self._score(self._prompted, sampled, "_sampled", sums)
             for answer in sampled:
                 _add(sums, "length_mean", len(answer.ids))
                 _add(sums, "truncated_fraction", not answer.finished)
@@ -119,14 +121,14 @@ class Evaluator:
     def _divergence(self, model: Any, sampled: Sequence[Completion], sums: Sums) -> None:
         """forward_kl, KL(teacher ‖ student) on the teacher's answers, and reverse_kl on the student's; nats a token."""
         assert self._teacher is not None
-        share = -(-self._config.evaluation.divergence_prompts // distributed.world_size())
-        rows = self._rows[:share]
+        share = range(distributed.rank(), self._config.evaluation.divergence_prompts, distributed.world_size())
+        rows = self._prompted[: len(share)]
         if not self._teacher_answers:
             self._teacher_answers = self._answer(self._teacher.model, rows, "teacher")
         for name, answers in (("forward_kl", self._teacher_answers), ("reverse_kl", sampled[: len(rows)])):
             views = [_view(row.prompt_ids, answer.ids) for row, answer in zip(rows, answers, strict=True)]
             for layout in self._layouts(views, model):
-                loss = divergence_loss(self._teacher.score(layout), beta=float(name == "reverse_kl"))
+                loss = divergence_loss(self._teacher.dense(layout), beta=float(name == "reverse_kl"))
                 values = sum_over_tokens(self._dense(model, layout), loss).values
                 _add(sums, name, float(values.sum()), len(values))
 

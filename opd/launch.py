@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from opd.errors import ConfigError, RunError
 
 def launch(config: Config) -> None:
     """Run the config on the processes that its hardware asks for."""
-    if "RANK" in os.environ and "OPD_WORKER" not in os.environ:
+    if "RANK" in os.environ:
         raise ConfigError(
             f"RANK={os.environ['RANK']}: opd starts its own ranks; use python -m opd hardware=… without torchrun"
         )
@@ -44,7 +45,7 @@ def _check_device(config: Config) -> None:
 
 
 def _start_ranks(config: Config) -> None:
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -54,7 +55,6 @@ def _start_ranks(config: Config) -> None:
     specification = logs / "config.json"
     specification.write_text(config.model_dump_json(), encoding="utf-8")
     os.environ.setdefault("OMP_NUM_THREADS", str(config.hardware.threads))
-    os.environ["OPD_WORKER"] = "1"
     ranks = config.hardware.processes_per_node
     settings = LaunchConfig(
         min_nodes=1,
@@ -71,6 +71,10 @@ def _start_ranks(config: Config) -> None:
     )
     try:
         elastic_launch(settings, sys.executable)("-u", "-m", "opd.worker", str(specification))
+    except SignalException as error:  # the ranks have been stopped
+        if error.sigval == signal.SIGINT:
+            raise KeyboardInterrupt from None
+        sys.exit(128 + error.sigval)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode == ConfigError.exit_code:

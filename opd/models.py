@@ -118,10 +118,11 @@ def shared_vocabulary(
                 f"tokens differ, e.g. {token!r} is id {mine.get(token)} for the student and {theirs.get(token)} for "
                 "the teacher; choose a teacher of the same family"
             )
-    if len(student) > size:
+    num_ids = max(student.get_vocab().values()) + 1
+    if num_ids > size:
         raise ConfigError(
-            f"model.student.path={student.name_or_path}: its tokenizer has {len(student)} ids but the heads share only "
-            f"{size} columns; choose a teacher whose embedding table covers the tokenizer"
+            f"model.student.path={student.name_or_path}: its tokenizer has ids up to {num_ids - 1} but the heads share "
+            f"only {size} columns; choose a teacher whose embedding table covers the tokenizer"
         )
     pad = student.pad_token_id
     return Vocabulary(size, stops, int(pad) if isinstance(pad, int) else min(stops))
@@ -182,20 +183,32 @@ def add_lora(model: PreTrainedModel, lora: LoRA) -> Any:
         task_type="CAUSAL_LM",
     )
     try:
-        return get_peft_model(model, config)
+        adapted = get_peft_model(model, config)
     except ValueError as error:
         problem = f"does not fit this model ({_first_line(error)})"
         raise ConfigError(f"model.student.lora.targets={lora.targets}: {problem}; use all-linear") from None
+    if hasattr(model.get_output_embeddings(), "lora_A"):
+        raise ConfigError(
+            f"model.student.lora.targets={lora.targets}: names the output head, which the loss reads directly and LoRA "
+            "would not reach; leave it out, or use all-linear"
+        )
+    return adapted
 
 
-def disable_dropout(model: nn.Module) -> None:
-    """Make the student's training forward the function that is sampled and compared. LoRA's own dropout comes later."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name in ("attention_dropout", "dropout", "activation_dropout"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
+def disable_dropout(model: PreTrainedModel) -> None:
+    """Make the student's training forward the function that is sampled and compared. LoRA's own dropout comes later.
+
+    Families keep their rates in modules, in attributes and in the config that layers read (dropout, layerdrop, router
+    jitter); all of them become 0, in the saved config too.
+    """
+    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    for holder in (*model.modules(), *configs.values()):
+        if isinstance(holder, nn.Dropout):
+            holder.p = 0.0
+        rates = [name for name in vars(holder) if "drop" in name or "jitter" in name]
+        for name in rates:
+            if isinstance(getattr(holder, name), float):
+                setattr(holder, name, 0.0)
 
 
 def computing(hardware: Hardware) -> torch.autocast:

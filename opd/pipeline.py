@@ -76,6 +76,14 @@ def run(config: Config) -> dict[str, Any]:
     if distributed.rank() == 0:
         loaded.folder.create()
     distributed.barrier()
+    try:
+        return _run(loaded, started)
+    finally:
+        loaded.folder.release()
+
+
+def _run(loaded: _Run, started: float) -> dict[str, Any]:
+    config = loaded.config
     start_logging(loaded.folder.path)
     _introduce(loaded)
     recorder = Recorder(
@@ -108,7 +116,8 @@ def _load(config: Config) -> _Run:
     tokenizer, vocabulary, max_positions = _load_tokenizers(config)
     data = load_data(config, tokenizer, method.needs, vocabulary.stop_ids)
     check_lengths(config, data, method.needs, max_positions)
-    steps = config.train.max_steps or -(-round(len(data.train) * config.train.num_epochs) // config.train.batch_size)
+    prompts = max(1, round(len(data.train) * config.train.num_epochs))
+    steps = config.train.max_steps or -(-prompts // config.train.batch_size)
     student, teacher = _load_student(config, method), _load_teacher(config, vocabulary)
     evaluator = Evaluator(config, data, tokenizer=tokenizer, vocabulary=vocabulary, teacher=teacher)
     return _Run(config, folder, method, tokenizer, vocabulary, data, student, teacher, evaluator, steps)
@@ -169,7 +178,7 @@ def _load_teacher(config: Config, vocabulary: Vocabulary) -> LocalTeacher | None
 
 
 def _train(loaded: _Run, recorder: Recorder) -> dict[str, Any]:
-    """Train to the end; returns seconds and tokens. A checkpoint of the folder is taken up."""
+    """Train to the end; returns what it took. A checkpoint of the folder is taken up."""
     config = loaded.config
     rollout = config.rollout
     sampling = Sampling(
@@ -197,15 +206,13 @@ def _train(loaded: _Run, recorder: Recorder) -> dict[str, Any]:
         on_step=recorder.on_step,
         callbacks=[recorder],
     )
-    started = time.perf_counter()
     try:
         trainer.resume(loaded.folder.checkpoint)
     finally:
         recorder.end_progress()
-    seconds = time.perf_counter() - started
     if distributed.rank() == 0:
         _save_final(loaded)
-    return {"train_seconds": seconds, "tokens": trainer.tokens_trained, "steps": loaded.max_steps}
+    return {**trainer.spent, "steps": loaded.max_steps}
 
 
 def _save_final(loaded: _Run) -> None:

@@ -6,6 +6,7 @@ rollouts, counts over all ranks), then per micro-batch one forward of the wrappe
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import re
@@ -34,10 +35,11 @@ from opd.teachers import Teacher
 from opd.window import Window, WindowBuilder
 
 log = logging.getLogger("opd")
+_SPENT = "spent.json"  # in a checkpoint: seconds and tokens up to it
 
 
 class DistillationTrainer(Trainer):
-    """Trains `model` by `method`. `on_step(step, metrics, window)` hears of every logged step, on rank 0."""
+    """Trains `model` by `method`. `on_step(step, metrics, window)` hears of every logged step, on every rank."""
 
     loss_is_scaled_for_ga = True  # a micro-batch's loss is its share of the step's: nothing is left to divide
 
@@ -60,6 +62,7 @@ class DistillationTrainer(Trainer):
         self._on_step, self._metrics, self._maxima = on_step, {}, {}
         self._staging: Path | None = None
         self.step_started = self.step_seconds = 0.0
+        self.spent = {"train_seconds": 0.0, "tokens": 0}  # by all sessions; evaluating and saving left out
         attach_objective(model)
         device = torch.device(config.hardware.device)
         if config.hardware.device == "cuda":
@@ -88,12 +91,9 @@ class DistillationTrainer(Trainer):
         """Train to the end, from a checkpoint if there is one."""
         if checkpoint is not None:
             self.windows.load(checkpoint)
+            self.spent = json.loads((checkpoint / _SPENT).read_text(encoding="utf-8"))
         self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-
-    @property
-    def tokens_trained(self) -> int:
-        """Loss tokens of all steps and ranks; kept in Trainer's state, so that a resumed run counts on."""
-        return self.state.num_input_tokens_seen
+        self._refuse_non_finite_weights()
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, Any]:
         """The window of the step that comes next. The data loader only counts; rows are addressed by step."""
@@ -102,7 +102,9 @@ class DistillationTrainer(Trainer):
         self.step_started = time.perf_counter()
         with computing(self.config.hardware):
             self.window = self.windows(self.state.global_step)
-        self.state.num_input_tokens_seen += int(self.window.counts["loss_tokens"])
+        self.spent["tokens"] += int(self.window.counts["loss_tokens"])
+        for name, value in self.window.metrics.items():
+            self._add(name, value, 1.0)
         if len(self.window.batches) != num_batches:
             raise RunError(
                 f"step {self.state.global_step}: {len(self.window.batches)} micro-batches, not {num_batches}"
@@ -128,10 +130,12 @@ class DistillationTrainer(Trainer):
         counts = self.window.counts
         shares = [term.weight * term.sum / max(counts[term.count], 1e-12) for term in terms.terms if counts[term.count]]
         loss = sum(shares) if shares else sum(term.sum * 0.0 for term in terms.terms)
+        if not math.isfinite(value := float(torch.as_tensor(loss).detach())):
+            raise self._diverged(f"step {self.state.global_step + 1}: the loss is {value}")
         return loss * distributed.world_size()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """A logged step under opd's names; Trainer's own closing summary is left out."""
+        """A logged step under opd's names; metrics are over all steps since the last. Trainer's summary is left out."""
         if "loss" not in logs:
             return
         window, step = self.window, self.state.global_step
@@ -141,23 +145,20 @@ class DistillationTrainer(Trainer):
             "train/lr": logs["learning_rate"],
             "train/tokens": window.counts["loss_tokens"],
             **self._reduced_metrics(),
-            **window.metrics,
             "seconds_per_step": self.step_seconds,
             "tokens_per_second": window.counts["loss_tokens"] / self.step_seconds,
         }
-        if not math.isfinite(record["train/loss"]):
-            raise RunError(
-                f"step {step}: the loss is {record['train/loss']}; lower train.learning_rate, or train in "
-                "fp32, and continue from the last checkpoint"
-            )
         self.state.log_history.append({"step": step, **record})
         self._on_step(step, record, window)
 
+    def _add(self, name: str, numerator: float, denominator: float) -> None:
+        sums = self._metrics.setdefault(name, [0.0, 0.0])
+        sums[0] += numerator
+        sums[1] += denominator
+
     def _note(self, terms: Terms) -> None:
         for name, (numerator, denominator) in terms.metrics.items():
-            sums = self._metrics.setdefault(name, [0.0, 0.0])
-            sums[0] += float(numerator)
-            sums[1] += float(denominator)
+            self._add(f"train/{name}", float(numerator), float(denominator))
         for name, values in terms.maxima.items():
             top = float(values.max()) if len(values) else -math.inf
             self._maxima[name] = max(self._maxima.get(name, -math.inf), top)
@@ -166,12 +167,21 @@ class DistillationTrainer(Trainer):
         """Σ numerator / Σ denominator over the micro-batches since the last log and all ranks."""
         names = sorted(self._metrics)
         sums = distributed.total(torch.tensor([self._metrics[name] for name in names], dtype=torch.float64))
-        reduced = {f"train/{name}": float(pair[0] / pair[1]) for name, pair in zip(names, sums, strict=True) if pair[1]}
+        reduced = {name: float(pair[0] / pair[1]) for name, pair in zip(names, sums, strict=True) if pair[1]}
         for name in sorted(self._maxima):
             if math.isfinite(top := float(distributed.maximum(torch.tensor(self._maxima[name])))):
                 reduced[f"train/{name}"] = top
         self._metrics, self._maxima = {}, {}
         return reduced
+
+    def _diverged(self, what: str) -> RunError:
+        return RunError(f"{what}; lower train.learning_rate={self.config.train.learning_rate} and start again")
+
+    def _refuse_non_finite_weights(self) -> None:
+        """Before anything is saved: a step can leave weights that only the next step's loss would show."""
+        for name, parameter in causal_lm(self.model).named_parameters():
+            if parameter.requires_grad and not torch.isfinite(parameter).all():
+                raise self._diverged(f"step {self.state.global_step}: {name} is no longer finite")
 
     def _student_logprobs(self, layout: Layout) -> Tensor:
         inner = causal_lm(self.model)
@@ -191,6 +201,7 @@ class DistillationTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Written beside its place and moved there when whole: what is called checkpoint-N can be resumed from."""
+        self._refuse_non_finite_weights()
         folder = Path(self.config.run.dir)
         name = f"checkpoint-{self.state.global_step}"
         self._staging = folder / ".saving"
@@ -202,6 +213,7 @@ class DistillationTrainer(Trainer):
             self.windows.save(self._staging / name)
             distributed.barrier()
             if self.args.should_save:
+                (self._staging / name / _SPENT).write_text(json.dumps(self.spent), encoding="utf-8")
                 shutil.rmtree(folder / name, ignore_errors=True)
                 (self._staging / name).rename(folder / name)
                 self._staging.rmdir()
@@ -231,6 +243,11 @@ class _StepKeeper(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer.step_seconds = time.perf_counter() - self._trainer.step_started
+        self._trainer.spent["train_seconds"] += self._trainer.step_seconds
+        # A checkpoint then holds no half-summed metrics, the last step is never lost, samples stand beside metrics.
+        every, step = self._trainer.config.train.sample_every_steps, state.global_step
+        if control.should_save or step == state.max_steps or (every and step % every == 0):
+            control.should_log = True
 
 
 def training_arguments(config: Config, max_steps: int, num_micro_batches: int) -> TrainingArguments:

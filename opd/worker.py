@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -13,10 +15,14 @@ from opd.conditions import validated
 from opd.errors import OpdError
 from opd.pipeline import run
 
+_PR_SET_PDEATHSIG = 1
+
 
 @record
 def main() -> None:
-    """Join the other ranks and run."""
+    """Join the other ranks and run; end when the launcher does, however it ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     config = validated(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
     dist.init_process_group("nccl" if config.hardware.device == "cuda" else "gloo")
     try:

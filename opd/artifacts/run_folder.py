@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import BaseFileLock, FileLock, Timeout
 
 from opd.config import Config
 from opd.errors import ConfigError, RunError
@@ -18,10 +19,11 @@ log = logging.getLogger("opd")
 
 # Keys that may differ between an interrupted run and the command that continues it; so may the path of a model that
 # a recipe made.
-_FREE = {("mode",), ("run", "resume"), ("run", "dir"), ("tracking",), ("artifacts",)}
+_FREE = {("run", "resume"), ("run", "dir"), ("tracking",), ("artifacts",)}
 
 
 RANK_LOGS = ".ranks"  # where the launcher keeps what each rank printed; it is there before the run is
+_LOCK = ".lock"  # held by the process that writes
 
 
 class RunFolder:
@@ -32,6 +34,7 @@ class RunFolder:
         self.checkpoint: Path | None = None
         self.continues = False
         self._config = config
+        self._lock: BaseFileLock | None = None
         self._inspect()
 
     def _inspect(self) -> None:
@@ -42,7 +45,7 @@ class RunFolder:
             self.checkpoint = Path(resume)
             if not (self.checkpoint / "trainer_state.json").is_file():
                 raise ConfigError(f"run.resume={resume}: not a checkpoint folder (auto, never, or a checkpoint-N)")
-        if not self.path.exists() or all(entry.name == RANK_LOGS for entry in self.path.iterdir()):
+        if not self.path.exists() or all(e.name in (RANK_LOGS, _LOCK) for e in self.path.iterdir()):
             return
         if not (self.path / "config.yaml").is_file():
             raise ConfigError(f"{key}: not empty, and not a run's folder (no config.yaml); choose another folder")
@@ -78,12 +81,25 @@ class RunFolder:
             raise ConfigError(
                 f"run.dir={self.path}: cannot be made ({error.strerror}); choose another folder"
             ) from None
+        self._lock = FileLock(self.path / _LOCK, blocking=False)
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise ConfigError(
+                f"run.dir={self.path}: another process is writing this run; wait for it, or choose another folder"
+            ) from None
         text = yaml.safe_dump(self._config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         self.write("config.yaml", text)
         if self.continues:
             for name in ("metrics.jsonl", "samples.jsonl"):
                 self._cut(name, self.resumed_step)
             shutil.rmtree(self.path / ".saving", ignore_errors=True)
+
+    def release(self) -> None:
+        """Let another process write here; the end of this one does the same."""
+        if self._lock is not None:
+            self._lock.release()
+            (self.path / _LOCK).unlink(missing_ok=True)
 
     def write(self, name: str, text: str) -> None:
         """Replace a file, whole or not at all."""
@@ -123,7 +139,7 @@ class RunFolder:
         file = self.path / name
         if not file.is_file():
             return
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").split("\n")[:-1]  # splitlines also splits inside a text
         kept = [line for line in lines if _logged_step(line) <= step]
         if len(kept) < len(lines):
             log.info("%s: %d lines after step %d are made again", name, len(lines) - len(kept), step)
@@ -138,7 +154,8 @@ def _logged_step(line: str) -> float:
 
 
 def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.rsplit("-", 1)[-1])
+    """Optimizer steps that a checkpoint holds; its name may be any."""
+    return int(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
 
 
 def _finite(value: Any) -> Any:

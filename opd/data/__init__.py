@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +53,8 @@ def check_lengths(config: Config, data: DataSet, needs: Needs, max_positions: di
     """
     rows = [data.train[row] for row in range(len(data.train))] + list(data.evaluation)
     sampled = config.rollout.max_completion_tokens if needs.rollouts or data.evaluation else 0
+    if data.evaluation:
+        sampled = max(sampled, config.evaluation.max_completion_tokens or 0)
     longest = max(len(row.prompt_ids) + max(len(row.completion_ids or []), sampled) for row in rows)
     for key, limit in max_positions.items():
         if limit is not None and longest > limit:
@@ -87,7 +89,8 @@ def _file(config: Config, tokenizer: PreTrainedTokenizerBase, needs: Needs, stop
     examples = load_examples(
         Path(settings.path),
         tokenizer,
-        needs=needs,
+        # Held-out rows are scored by their completions, so that methods that do not learn from them can be compared.
+        needs=replace(needs, completions="optional") if needs.completions == "unused" else needs,
         stop_ids=stop_ids,
         limit=settings.limit,
         max_prompt_length=settings.max_prompt_length,
@@ -102,18 +105,23 @@ def _file(config: Config, tokenizer: PreTrainedTokenizerBase, needs: Needs, stop
     train, evaluation = examples, []
     if settings.eval_prompts:
         train, held_out = split_evaluation(examples, settings.eval_prompts, config.run.seed, key="data.eval_prompts")
-        evaluation = [example for example in held_out if example.prompt_ids]
+        evaluation = [held_out[row] for row in range(len(held_out))]
     return DataSet(train, evaluation, _exact_match(tokenizer, stop_ids), summary=examples.summary)
 
 
 def _exact_match(tokenizer: PreTrainedTokenizerBase, stop_ids: frozenset[int]) -> Score:
-    """1 where the answer is the row's completion, white space at the ends aside; nothing for rows without one."""
+    """1 where the answer is the row's completion, white space at the ends aside; nothing for rows without one.
+
+    Of a conversation with several learnt turns the prompt leads to the first, which is compared.
+    """
 
     def score(example: Example, text: str, finished: bool) -> dict[str, float]:
         del finished
         if not example.completion_ids:
             return {}
-        wanted = tokenizer.decode([i for i in example.completion_ids if i not in stop_ids])
+        mask = example.completion_mask or [True] * len(example.completion_ids)
+        turn = example.completion_ids[: mask.index(False) if False in mask else None]
+        wanted = tokenizer.decode([i for i in turn if i not in stop_ids])
         return {"exact_match": float(text.strip() == str(wanted).strip())}
 
     return score

@@ -20,7 +20,7 @@ class LocalTeacher:
 
     def score(self, layout: Layout) -> Scores:
         """Hidden states and head of the loss tokens, or their top-k log-probabilities and tail."""
-        dense = self._dense(layout)
+        dense = self.dense(layout)
         if self._top_k is None:
             return dense
         with torch.no_grad():
@@ -29,9 +29,10 @@ class LocalTeacher:
     def logprobs(self, layout: Layout) -> Tensor:
         """log p(targets[n]), (N,)."""
         with torch.no_grad():
-            return token_logprobs(self._dense(layout), layout.targets)
+            return token_logprobs(self.dense(layout), layout.targets)
 
-    def _dense(self, layout: Layout) -> Dense:
+    def dense(self, layout: Layout) -> Dense:
+        """Whole distributions, whatever top_k says: what evaluation measures against."""
         # The teacher computes in its own dtype: the student's autocast must not reach it.
         with torch.no_grad(), torch.autocast(layout.input_ids.device.type, enabled=False):
             hidden = hidden_states(self.model, layout.input_ids, layout.attention_mask)
