@@ -6,6 +6,7 @@ what else its options can make of it, and `test_configs` fails until a method st
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -115,7 +116,7 @@ TINY = (
     "rollout.group_size=1",
     "rollout.temperature=1.0",
     "rollout.top_p=1.0",
-    "run.dir=unused",
+    f"run.dir={tempfile.mkdtemp(prefix='opd-contract-')}",
 )
 
 
