@@ -27,6 +27,8 @@ def main() -> None:
     dist.init_process_group("nccl" if config.hardware.device == "cuda" else "gloo")
     try:
         run(config)
+    except KeyboardInterrupt:
+        sys.exit(130)  # the launcher says it
     except OpdError as error:
         if dist.get_rank() == 0:
             for line in str(error).splitlines():
