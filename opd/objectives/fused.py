@@ -22,7 +22,7 @@ TokenLoss = Callable[[Tensor, slice], tuple[Tensor, dict[str, Tensor]]]
 
 # Bytes of logits held at a time. On a CPU smaller tiles are slower, because the head's gradient is read and written
 # once a tile, and larger ones only cost memory (docs/lab-log.md). The GPU's size is a guess, not yet measured.
-_TILE_BYTES = {"cpu": 24 * 2**20, "cuda": 256 * 2**20, "mps": 64 * 2**20}
+_TILE_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20, "mps": 64 * 2**20}
 
 
 @dataclass(frozen=True)
