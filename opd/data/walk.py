@@ -100,8 +100,8 @@ def _first(pairs: Sequence[Pair], num_prompts: int, key: str) -> Sequence[Pair]:
 class WalkPrompts(_References):
     """The student's training set: the first `num_prompts` training pairs, a shortest walk each by `seed`.
 
-    Small by default on purpose: with few prompts, fresh rollouts and static references differ most. With
-    64, even on-policy distillation leaves the student worse than it began; keep to 256 or more.
+    Small by default on purpose: with few prompts, fresh rollouts and static references differ most
+    (docs/walk.md).
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, num_prompts: int = 512, seed: int = 0) -> None:
