@@ -78,15 +78,14 @@ def _task(composed: Any) -> None:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    from opd.conditions import validated
-    from opd.launch import launch
+    from opd.stages import run
 
     try:
         raw: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
         context = HydraConfig.get()
         if context.mode == RunMode.MULTIRUN and not any(o.startswith("run.dir=") for o in context.overrides.task):
             raw["run"]["dir"] = context.runtime.output_dir
-        launch(validated(raw))
+        run(raw)
     except OpdError as error:  # Hydra would print a line of its own above ours
         sys.exit(_say(error))
     except OmegaConfBaseException as error:

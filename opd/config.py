@@ -53,6 +53,7 @@ class WalkRecipe(Schema):
     num_heads: PositiveInt
     vocab_size: int = Field(ge=261, description="asked of the tokenizer's training; 512 reaches 468 entries")
     detour_probability: Fraction = Field(description="share of random legal moves in the corpus; never a target")
+    hint_probability: Fraction = Field(default=0.0, description="share of prompts in the corpus that show a solution")
     steps: PositiveInt
     batch_size: PositiveInt
     learning_rate: float = Field(gt=0)
@@ -74,6 +75,7 @@ class Model(Schema):
 class Student(Model):
     """The model that learns."""
 
+    init: str | None = Field(default=None, description="weights to start from instead: a folder, or stage:NAME")
     lora: LoRA | None = None
     gradient_checkpointing: bool = False
 
@@ -103,7 +105,9 @@ class Data(Schema):
     """Prompts, and the completions some methods need."""
 
     name: Literal["walk", "file"]
+    variant: Literal["plain", "bold", "short", "hint"] = Field(default="plain", description="of the walk: docs/walk.md")
     path: str | None = Field(default=None, description="data=file: .json .jsonl .csv .parquet, or .txt of prompts")
+    responses: str | None = Field(default=None, description="folder of answers to the prompts (mode=responses)")
     limit: PositiveInt | None = Field(default=None, description="use only the first rows")
     eval_prompts: Count = Field(description="prompts held out for evaluation")
     columns: dict[str, str | None] = Field(default_factory=dict, description="opd's column: the file's; null: the same")
@@ -146,6 +150,7 @@ class Train(Schema):
     num_epochs: float = Field(gt=0, description="passes over the prompts, if max_steps is null")
     batch_size: PositiveInt = Field(description="prompts in one optimizer step, over all ranks")
     micro_batch_size: PositiveInt = Field(description="sequences in one forward; changes memory, not the result")
+    packing: bool = Field(default=False, description="several sequences in a row instead of padding; same result")
     learning_rate: float = Field(gt=0)
     optimizer: Literal["adamw", "rmsprop", "sgd"]
     adam_betas: tuple[Decay, Decay] = Field(default=(0.9, 0.999), strict=False)
@@ -198,7 +203,7 @@ class MethodConfig(Schema):
 class Config(Schema):
     """One run, resolved."""
 
-    mode: Literal["train", "check", "plan", "eval"]
+    mode: Literal["train", "check", "plan", "eval", "responses", "scores"]
     run: Run
     model: Models
     method: MethodConfig
@@ -209,6 +214,13 @@ class Config(Schema):
     evaluation: Evaluation
     tracking: Tracking
     artifacts: Artifacts
+
+    def at(self, key: str) -> Any:
+        """The value of a dotted key, e.g. "method.beta"."""
+        value: Any = self
+        for part in key.split("."):
+            value = getattr(value, part)
+        return value
 
 
 def parse(raw: dict[str, Any], method_schema: type[MethodConfig]) -> Config:

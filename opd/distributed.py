@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,6 +34,15 @@ def total(tensor: Tensor) -> Tensor:
 def maximum(tensor: Tensor) -> Tensor:
     """The elementwise maximum over all ranks, on each of them."""
     return _reduce(tensor, "max")
+
+
+def gather(value: Any) -> list[Any]:
+    """Every rank's value, by rank, on rank 0; an empty list on the others. All ranks have to call it."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] | None = [None] * dist.get_world_size() if rank() == 0 else None
+    dist.gather_object(value, values)
+    return values or []
 
 
 def barrier() -> None:

@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 import logging
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from opd import models, trainer, window
 from opd.artifacts.console import Progress
-from opd.artifacts.store import Store, code_version
+from opd.artifacts.store import Store, source_version
 from opd.config import Config, WalkRecipe
-from opd.data import walk, walk_rules, walk_tokenizer
-from opd.methods import sft
+from opd.data import walk_corpus, walk_tokenizer
 from opd.methods.sft import SFT
 from opd.models import Vocabulary, build_walk_model
-from opd.objectives import fused, likelihood
 from opd.sources import Sampling, SequenceSource
 from opd.trainer import DistillationTrainer
 
 log = logging.getLogger("opd")
+
+# Everything that decides what a recipe becomes, this file included.
+_CODE = (
+    "embedded.py",
+    "data/walk_corpus.py",
+    "data/walk_rules.py",
+    "data/walk_text.py",
+    "data/walk_tokenizer.py",
+    "models.py",
+    "methods/sft.py",
+    "objectives/likelihood.py",
+    "objectives/fused.py",
+    "window.py",
+    "trainer.py",
+)
 
 
 def ensure_models(config: Config) -> Config:
@@ -36,11 +47,11 @@ def ensure_models(config: Config) -> Config:
 
 
 def _walk_model(store: Store, role: str, recipe: WalkRecipe, config: Config) -> Path:
-    """Folder of the walk model of this recipe."""
-    # Everything that decides what the recipe becomes, this file included.
-    own = sys.modules[__name__]
-    code = code_version([own, walk, walk_rules, walk_tokenizer, models, sft, likelihood, fused, window, trainer])
-    content = {"recipe": recipe.model_dump(), "code": code}
+    """Folder of the walk model of this recipe, which may have been made for the other role."""
+    content = {"recipe": recipe.model_dump(), "code": source_version(_CODE)}
+    other = store.find("walk-teacher" if role == "student" else "walk-student", content)
+    if other is not None:
+        return other
 
     def make(folder: Path) -> None:
         log.info(
@@ -56,8 +67,12 @@ def _walk_model(store: Store, role: str, recipe: WalkRecipe, config: Config) -> 
 def _train(folder: Path, role: str, recipe: WalkRecipe, config: Config) -> None:
     tokenizer = walk_tokenizer.build_tokenizer(recipe.vocab_size)
     model = build_walk_model(recipe, tokenizer)
-    corpus = walk.WalkCorpus(
-        tokenizer, recipe.steps * recipe.batch_size, recipe.seed, detour_probability=recipe.detour_probability
+    corpus = walk_corpus.WalkCorpus(
+        tokenizer,
+        recipe.steps * recipe.batch_size,
+        recipe.seed,
+        detour_probability=recipe.detour_probability,
+        hint_probability=recipe.hint_probability,
     )
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     vocabulary = Vocabulary(len(tokenizer), frozenset({int(eos)}), int(pad))  # type: ignore[arg-type]

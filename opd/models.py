@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import json
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,9 +25,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from opd.config import Hardware, LoRA, Model, WalkRecipe
+from opd.config import Hardware, LoRA, Model, Student, WalkRecipe
 from opd.errors import ConfigError
-from opd.protocols import Head
+from opd.protocols import Head, Layout
 
 Result = TypeVar("Result")
 _COMPLETE = "give a complete folder, as save_pretrained of model and tokenizer write it"
@@ -73,6 +75,7 @@ class Shape:
 
 def read_shape(model: Model, path: str, key: str) -> Shape:
     """The shape of a model, from its config.json."""
+    path = _base_of_adapter(path, key) or path
     try:
         config = AutoConfig.from_pretrained(path, revision=model.revision, trust_remote_code=model.trust_remote_code)
     except Exception as error:
@@ -87,6 +90,7 @@ def read_shape(model: Model, path: str, key: str) -> Shape:
 def stop_ids(tokenizer: PreTrainedTokenizerBase, path: str, model: Model) -> frozenset[int]:
     """Every id that ends a completion: the tokenizer's eos and those of the model's generation config."""
     ids: list[Any] = [tokenizer.eos_token_id]
+    path = _base_of_adapter(path, "model.path") or path  # the folder of an adapter has no generation config
     try:
         more = GenerationConfig.from_pretrained(path, revision=model.revision or "main").eos_token_id
         ids += more if isinstance(more, list) else [more]
@@ -97,39 +101,80 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, path: str, model: Model) -> fro
 
 def shared_vocabulary(
     student: PreTrainedTokenizerBase,
-    teacher: PreTrainedTokenizerBase | None,
+    teachers: Mapping[str, PreTrainedTokenizerBase],
     widths: list[int],
     stops: frozenset[int],
+    key: str = "model.student.path",
 ) -> Vocabulary:
-    """What both models can score. Padded embedding tables are cut; tokenizers that differ are refused."""
+    """What all models can score. Padded embedding tables are cut; tokenizers that differ are refused.
+
+    `teachers`: by the key that names each; `key`: the one that names `student`.
+    """
     size = min(widths)
     if not stops:
         raise ConfigError(
-            f"model.student.path={student.name_or_path}: its tokenizer has no eos token, so no completion can end; "
+            f"{key}={student.name_or_path}: its tokenizer has no eos token, so no completion can end; "
             "set eos_token in its tokenizer_config.json"
         )
-    if teacher is not None:
-        mine, theirs = student.get_vocab(), teacher.get_vocab()
+    mine = student.get_vocab()
+    for name, teacher in teachers.items():
+        theirs = teacher.get_vocab()
         differing = sorted(token for token in mine.keys() | theirs.keys() if mine.get(token) != theirs.get(token))
         if differing:
             token = differing[0]
             raise ConfigError(
-                f"model.teacher.path={teacher.name_or_path}: its tokenizer is not the student's: {len(differing)} "
+                f"{name}={teacher.name_or_path}: its tokenizer is not the student's: {len(differing)} "
                 f"tokens differ, e.g. {token!r} is id {mine.get(token)} for the student and {theirs.get(token)} for "
-                "the teacher; choose a teacher of the same family"
+                "the teacher; choose a teacher of the same family, or method=gold"
             )
-    num_ids = max(student.get_vocab().values()) + 1
+    num_ids = max(mine.values()) + 1
     if num_ids > size:
         raise ConfigError(
-            f"model.student.path={student.name_or_path}: its tokenizer has ids up to {num_ids - 1} but the heads share "
+            f"{key}={student.name_or_path}: its tokenizer has ids up to {num_ids - 1} but the heads share "
             f"only {size} columns; choose a teacher whose embedding table covers the tokenizer"
         )
     pad = student.pad_token_id
     return Vocabulary(size, stops, int(pad) if isinstance(pad, int) else min(stops))
 
 
+def load_student(model: Student, path: str, *, dtype: torch.dtype) -> Any:
+    """The student on the CPU: a model, or a base with the adapter that `path` holds, ready to be trained further."""
+    key = "model.student.path"
+    base = _base_of_adapter(path, key)
+    if base is None:
+        loaded = load_model(model, path, key, dtype=dtype)
+        check_head(loaded, key)
+        return loaded
+    loaded = load_model(model, base, key, dtype=dtype)
+    check_head(loaded, key)
+    return _with_adapter(loaded, path, key, is_trainable=True)
+
+
+def _base_of_adapter(path: str, key: str) -> str | None:
+    """The model that an adapter folder belongs to; None for any other folder."""
+    file = Path(path) / "adapter_config.json"
+    if not file.is_file() or (Path(path) / "config.json").is_file():
+        return None
+    base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise ConfigError(f"{key}={path}: an adapter that does not name its base model; merge it into a model first")
+    return str(base)
+
+
+def _with_adapter(base: PreTrainedModel, path: str, key: str, *, is_trainable: bool) -> Any:
+    from peft import PeftModel  # noqa: PLC0415  a second of import that most runs do not need
+
+    try:
+        return PeftModel.from_pretrained(base, path, is_trainable=is_trainable)
+    except Exception as error:  # peft, safetensors and torch each raise types of their own
+        raise ConfigError(f"{key}={path}: its adapter does not load ({_first_line(error)}); {_COMPLETE}") from None
+
+
 def load_model(model: Model, path: str, key: str, *, dtype: torch.dtype) -> PreTrainedModel:
-    """The weights, on the CPU."""
+    """The weights, on the CPU; an adapter is merged into its base."""
+    if (base := _base_of_adapter(path, key)) is not None:
+        adapted = _with_adapter(load_model(model, base, key, dtype=dtype), path, key, is_trainable=False)
+        return adapted.merge_and_unload()
     wanted = dtype if model.dtype == "auto" else getattr(torch, model.dtype)
     try:
         loaded, report = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]  a pair with output_loading_info
@@ -196,13 +241,14 @@ def add_lora(model: PreTrainedModel, lora: LoRA) -> Any:
 
 
 def disable_dropout(model: PreTrainedModel) -> None:
-    """Make the student's training forward the function that is sampled and compared. LoRA's own dropout comes later.
+    """Make the student's training forward the function that is sampled and compared. An adapter keeps its own dropout.
 
     Families keep their rates in modules, in attributes and in the config that layers read (dropout, layerdrop, router
     jitter); all of them become 0, in the saved config too.
     """
     configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
-    for holder in (*model.modules(), *configs.values()):
+    modules = [module for name, module in model.named_modules() if "lora_dropout" not in name]
+    for holder in (*modules, *configs.values()):
         if isinstance(holder, nn.Dropout):
             holder.p = 0.0
         rates = [name for name in vars(holder) if "drop" in name or "jitter" in name]
@@ -222,6 +268,18 @@ def freeze(model: PreTrainedModel) -> PreTrainedModel:
     return model.eval().requires_grad_(False)
 
 
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Dropout off and no gradients, and then as it was."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
 def causal_lm(model: Any) -> PreTrainedModel:
     """The transformers model inside what wraps it (DDP, peft)."""
     model = getattr(model, "module", model)
@@ -237,14 +295,23 @@ def read_head(model: PreTrainedModel, vocab_size: int | None = None) -> Head:
     return Head(layer.weight, getattr(layer, "bias", None), float(scale), softcap, vocab_size)
 
 
-def hidden_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """What the head reads, (B, T, H)."""
+def hidden_states(
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None = None
+) -> Tensor:
+    """What the head reads, (B, T, H). With position ids and no mask the row is packed (Layout)."""
+    positions = {} if position_ids is None else {"position_ids": position_ids}
     backbone = model.base_model
-    return backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    return backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions).last_hidden_state
+
+
+def predicting_states(model: PreTrainedModel, layout: Layout) -> Tensor:
+    """What the head reads at a layout's predictors, (N, H)."""
+    hidden = hidden_states(model, layout.input_ids, layout.attention_mask, layout.position_ids)
+    return hidden.flatten(0, 1)[layout.predictors]
 
 
 def attach_objective(model: Any) -> None:
-    """Let `model(input_ids=…, attention_mask=…, objective=f)` return f(hidden states): one forward, head included.
+    """Let `model(layout=…, objective=f)` return f(hidden states at its predictors): one forward, head included.
 
     DDP, FSDP and ZeRO-3 hook the forward of what they wrap, so a loss that reads the head must be computed inside it.
     Without `objective` the forward is what it was.
@@ -256,7 +323,7 @@ def attach_objective(model: Any) -> None:
     def forward(*args: Any, objective: Callable[[Tensor], Result] | None = None, **kwargs: Any) -> Result | Any:
         if objective is None:
             return plain(*args, **kwargs)
-        return objective(hidden_states(inner, kwargs["input_ids"], kwargs["attention_mask"]))
+        return objective(predicting_states(inner, kwargs["layout"]))
 
     inner.forward = forward
 
@@ -281,6 +348,24 @@ def check_head(model: PreTrainedModel, key: str) -> None:
         raise ConfigError(
             f"{key}: {type(model).__name__} does something to its logits that opd does not know; "
             "teach opd.models.read_head about it"
+        )
+
+
+@torch.no_grad()
+def check_packing(model: PreTrainedModel, key: str) -> None:
+    """Refuse an architecture that lets the sequences of a packed row see each other: some do, without a word."""
+    training = model.training
+    model.eval()
+    # Two rows: flash attention tells packed sequences apart in one row only.
+    ids = torch.arange(1, 13, device=model.device).view(2, 6)
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2]] * 2, device=model.device)
+    packed = hidden_states(model, ids, None, positions)[:, 3:]
+    alone = hidden_states(model, ids[:, 3:], torch.ones_like(ids[:, 3:]))
+    model.train(training)
+    if not torch.allclose(packed.float(), alone.float(), rtol=5e-2, atol=5e-2 * alone.float().abs().max().item()):
+        raise ConfigError(
+            f"train.packing=True: {type(model).__name__} ({key}) lets the sequences of a packed row see each other; "
+            "set it to false"
         )
 
 

@@ -18,26 +18,23 @@ from opd.artifacts.report import write_report
 from opd.artifacts.run_folder import RunFolder
 from opd.artifacts.table import before_after_table, format_table
 from opd.config import Config
-from opd.data import DataSet, check_lengths, load_data
 from opd.embedded import ensure_models
-from opd.evaluate import Evaluator
-from opd.methods import METHODS
-from opd.models import (
-    Vocabulary,
-    add_lora,
-    check_head,
-    disable_dropout,
-    freeze,
-    load_model,
-    load_tokenizer,
-    read_shape,
-    shared_vocabulary,
-    stop_ids,
+from opd.evaluate import Evaluator, MethodLoss
+from opd.loading import (
+    Texts,
+    device_of,
+    load_method,
+    load_teachers,
+    load_texts,
+    load_trained_student,
+    make_source,
+    num_steps,
 )
+from opd.precompute import keep_logprobs, make_responses, make_scores
 from opd.protocols import Method
 from opd.recorder import Recorder
-from opd.sources import Sampling, SequenceSource
-from opd.teachers import LocalTeacher
+from opd.sources import SequenceSource
+from opd.teachers import LocalTeacher, SelfTeacher, Teacher
 from opd.trainer import DistillationTrainer
 
 log = logging.getLogger("opd")
@@ -50,11 +47,10 @@ class _Run:
     config: Config
     folder: RunFolder
     method: Method
-    tokenizer: Any
-    vocabulary: Vocabulary
-    data: DataSet
+    texts: Texts
     student: Any
-    teacher: LocalTeacher | None
+    teachers: dict[str, Teacher]
+    source: SequenceSource
     evaluator: Evaluator
     max_steps: int
 
@@ -83,14 +79,24 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def _run(loaded: _Run, started: float) -> dict[str, Any]:
-    config = loaded.config
     start_logging(loaded.folder.path)
     _introduce(loaded)
+    work = {"train": _experiment, "eval": _experiment, "responses": _respond, "scores": _score}[loaded.config.mode]
+    result = work(loaded)
+    result["seconds"] = time.perf_counter() - started
+    _write_result(loaded, result)
+    if "before" in result:
+        _conclude(loaded, result)
+    return result
+
+
+def _experiment(loaded: _Run) -> dict[str, Any]:
+    """Evaluate, train, evaluate again."""
     recorder = Recorder(
-        config,
+        loaded.config,
         loaded.folder,
         student=loaded.student,
-        tokenizer=loaded.tokenizer,
+        tokenizer=loaded.texts.tokenizer,
         evaluator=loaded.evaluator,
         max_steps=loaded.max_steps,
     )
@@ -98,110 +104,90 @@ def _run(loaded: _Run, started: float) -> dict[str, Any]:
     if result["before"] is None:
         result["before"] = recorder.evaluate(0, "before")
         _write_result(loaded, result)
-    if config.mode == "train":
+    if loaded.config.mode == "train":
         result |= _train(loaded, recorder)
         result["after"] = recorder.evaluate(loaded.max_steps, "after")
-    result["seconds"] = time.perf_counter() - started
+        if distributed.rank() == 0 and hasattr(loaded.student, "peft_config"):
+            _save_merged(loaded)  # last: the reference is the student with its adapter off
     result["student_parameters"] = sum(parameter.numel() for parameter in loaded.student.parameters())
-    _write_result(loaded, result)
     recorder.close(result)
-    _conclude(loaded, result)
     return result
+
+
+def _respond(loaded: _Run) -> dict[str, Any]:
+    tokens = make_responses(loaded.config, loaded.texts, loaded.student)
+    return {"ledger": {"student_sampled_tokens": tokens}}
+
+
+def _score(loaded: _Run) -> dict[str, Any]:
+    tokens = make_scores(loaded.config, loaded.method, loaded.texts, loaded.source, loaded.teachers)
+    return {"ledger": {"teacher_scored_tokens": tokens}}
 
 
 def _load(config: Config) -> _Run:
     """Tokenizers, then data, then weights: what can be refused is refused before the expensive part."""
-    folder = RunFolder(config)
-    method = METHODS[config.method.name](config.method)
-    tokenizer, vocabulary, max_positions = _load_tokenizers(config)
-    data = load_data(config, tokenizer, method.needs, vocabulary.stop_ids)
-    check_lengths(config, data, method.needs, max_positions)
-    prompts = max(1, round(len(data.train) * config.train.num_epochs))
-    steps = config.train.max_steps or -(-prompts // config.train.batch_size)
-    student, teacher = _load_student(config, method), _load_teacher(config, vocabulary)
-    evaluator = Evaluator(config, data, tokenizer=tokenizer, vocabulary=vocabulary, teacher=teacher)
-    return _Run(config, folder, method, tokenizer, vocabulary, data, student, teacher, evaluator, steps)
-
-
-def _load_tokenizers(config: Config) -> tuple[Any, Vocabulary, dict[str, int | None]]:
-    """The student's tokenizer, what it shares with the teacher's, and the longest sequence of each model."""
-    tokenizers, shapes = {}, {}
-    for key, model in (("model.student.path", config.model.student), ("model.teacher.path", config.model.teacher)):
-        if model.path is not None:
-            tokenizers[key] = load_tokenizer(model, model.path, key)
-            shapes[key] = read_shape(model, model.path, key)
-    student = config.model.student
-    assert student.path is not None
-    tokenizer = tokenizers["model.student.path"]
-    vocabulary = shared_vocabulary(
-        tokenizer,
-        tokenizers.get("model.teacher.path"),
-        [shape.vocab_size for shape in shapes.values()],
-        stop_ids(tokenizer, student.path, student),
+    folder, method = RunFolder(config), load_method(config)
+    texts = load_texts(config, method)
+    student = None if config.mode == "scores" else load_trained_student(config, method)
+    teachers = load_teachers(config, method, texts, student)
+    source = make_source(
+        config,
+        method,
+        texts.vocabulary,
+        student=student,
+        teacher=teachers.get("teacher"),
+        text_views=texts.text_views,
     )
-    teacher = tokenizers.get("model.teacher.path")
-    if teacher is not None and teacher.eos_token_id not in vocabulary.stop_ids:
-        log.warning(
-            "model.teacher.path=%s ends its answers with %r, the student with %s: what the teacher calls the end, the "
-            "student's rollouts go past; give both the same end token (often a base model beside an instruct model)",
-            config.model.teacher.path,
-            teacher.eos_token,
-            tokenizer.convert_ids_to_tokens(sorted(vocabulary.stop_ids)),
-        )
-    return tokenizer, vocabulary, {key: shape.max_positions for key, shape in shapes.items()}
+    for name, need in method.needs.asked(config.mode).items():
+        if need.precompute:
+            teachers[name] = keep_logprobs(config, method, texts, source, name, teachers[name])
+    evaluator = Evaluator(
+        config,
+        texts.data,
+        tokenizer=texts.tokenizer,
+        vocabulary=texts.vocabulary,
+        teacher=_measured_by(method, teachers, texts),
+        objective=_objective(config, method, texts, source, teachers),
+    )
+    steps = num_steps(config, texts.data)
+    return _Run(config, folder, method, texts, student, teachers, source, evaluator, steps)
 
 
-def _load_student(config: Config, method: Method) -> Any:
-    student = config.model.student
-    assert student.path is not None
-    model: Any = load_model(student, student.path, "model.student.path", dtype=torch.float32)
-    check_head(model, "model.student.path")
-    if not method.needs.student_dropout:
-        disable_dropout(model)
-    if student.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    if student.lora is not None:
-        torch.manual_seed(config.run.seed)
-        model = add_lora(model, student.lora)
-    return model.to(_device(config))
+def _objective(
+    config: Config, method: Method, texts: Texts, source: SequenceSource, teachers: dict[str, Teacher]
+) -> MethodLoss | None:
+    """The method's own loss of held-out rows, if it learns from the data's completions alone.
 
-
-def _load_teacher(config: Config, vocabulary: Vocabulary) -> LocalTeacher | None:
-    teacher = config.model.teacher
-    if teacher.path is None:
+    Not of a model that is only evaluated and would be its own reference: that says nothing.
+    """
+    needs = method.needs
+    samples = needs.rollouts or "response" in needs.sequences
+    by_itself = config.mode == "eval" and any(need.is_student for need in needs.teachers.values())
+    if samples or by_itself:
         return None
-    dtype = torch.bfloat16 if config.hardware.precision == "bf16" else torch.float32
-    model: Any = freeze(load_model(teacher, teacher.path, "model.teacher.path", dtype=dtype))
-    model.to(_device(config))
-    check_head(model, "model.teacher.path")
-    return LocalTeacher(model, vocab_size=vocabulary.size, top_k=teacher.top_k)
+    return MethodLoss(config, method, texts.vocabulary, source, teachers, device_of(config))
+
+
+def _measured_by(method: Method, teachers: dict[str, Teacher], texts: Texts) -> LocalTeacher | None:
+    """The teacher that evaluation takes divergences from: the method's first that reads the student's tokens."""
+    if texts.text_views is not None:
+        return None
+    named = [teachers[name] for name in method.needs.teachers if name in teachers]
+    return next((t for t in [*named, *teachers.values()] if isinstance(t, LocalTeacher)), None)
 
 
 def _train(loaded: _Run, recorder: Recorder) -> dict[str, Any]:
     """Train to the end; returns what it took. A checkpoint of the folder is taken up."""
     config = loaded.config
-    rollout = config.rollout
-    sampling = Sampling(
-        rollout.max_completion_tokens, rollout.temperature, rollout.top_p, rollout.top_k, rollout.batch_size
-    )
-    source = SequenceSource(
-        loaded.method,
-        student=loaded.student,
-        teacher=loaded.teacher.model if loaded.teacher else None,
-        sampling=sampling,
-        vocabulary=loaded.vocabulary,
-        group_size=rollout.group_size,
-        seed=config.run.seed,
-    )
     trainer = DistillationTrainer(
         config,
         loaded.student,
         loaded.method,
-        tokenizer=loaded.tokenizer,
-        examples=loaded.data.train,
-        source=source,
-        teachers={name: loaded.teacher for name in loaded.method.needs.teachers if loaded.teacher},
-        vocabulary=loaded.vocabulary,
+        tokenizer=loaded.texts.tokenizer,
+        examples=loaded.texts.data.train,
+        source=loaded.source,
+        teachers={name: loaded.teachers[name] for name in loaded.method.needs.teachers},
+        vocabulary=loaded.texts.vocabulary,
         max_steps=loaded.max_steps,
         on_step=recorder.on_step,
         callbacks=[recorder],
@@ -216,17 +202,25 @@ def _train(loaded: _Run, recorder: Recorder) -> dict[str, Any]:
 
 
 def _save_final(loaded: _Run) -> None:
-    """final_model/: what from_pretrained loads. With LoRA the merged model, and final_adapter/ beside it."""
-    folder, model = loaded.folder.path, loaded.student
+    """final_model/: what from_pretrained loads. With LoRA final_adapter/."""
+    if hasattr(loaded.student, "peft_config"):
+        _save(loaded, loaded.student, "final_adapter")
+    else:
+        _save(loaded, loaded.student, "final_model")
+
+
+def _save_merged(loaded: _Run) -> None:
+    """final_model/ of a student with LoRA; its adapter is gone then."""
+    loaded.student = loaded.student.merge_and_unload()
+    _save(loaded, loaded.student, "final_model")
+
+
+def _save(loaded: _Run, model: Any, name: str) -> None:
     try:
-        if loaded.config.model.student.lora is not None:
-            model.save_pretrained(folder / "final_adapter")
-            model = model.merge_and_unload()
-            loaded.student = model
-        model.save_pretrained(folder / "final_model")
-        loaded.tokenizer.save_pretrained(folder / "final_model")
+        model.save_pretrained(loaded.folder.path / name)
+        loaded.texts.tokenizer.save_pretrained(loaded.folder.path / name)
     except (OSError, SafetensorError) as error:
-        raise loaded.folder.full("final_model", error) from error
+        raise loaded.folder.full(name, error) from error
 
 
 def _write_result(loaded: _Run, result: dict[str, Any]) -> None:
@@ -250,11 +244,15 @@ def _introduce(loaded: _Run) -> None:
         return
     models = {"student": config.model.student.path, "teacher": config.model.teacher.path}
     record = provenance(seed=config.run.seed, models=models, data=config.data.path)
-    folder.write_json("provenance.json", {**record, "data": loaded.data.summary})
+    folder.write_json("provenance.json", {**record, "data": loaded.texts.data.summary})
     log.info("%s\n", banner(config, _facts(loaded)))
-    lost = {name: count for name, count in loaded.data.summary.items() if name not in ("rows", "kept") and count}
+    lost = {name: count for name, count in loaded.texts.data.summary.items() if name not in ("rows", "kept") and count}
     if lost:
         log.info("data: %s", ", ".join(f"{name} {count}" for name, count in lost.items()))
+    if found := loaded.texts.coverage:
+        log.info("tokens of student and teacher: %s\n", _coverage_line(found))
+    for note in loaded.method.notes():
+        log.warning("%s\n", note)
     sharpened = config.rollout.temperature != 1 or config.rollout.top_p < 1 or config.rollout.top_k
     if sharpened and loaded.method.needs.window:
         log.warning(
@@ -269,24 +267,39 @@ def _introduce(loaded: _Run) -> None:
 
 def _facts(loaded: _Run) -> dict[str, str]:
     """What the banner says that the config alone does not know."""
-    teacher = loaded.teacher.model if loaded.teacher else None
-    models = loaded.config.model
-    rows = f"{len(loaded.data.train)} train, {len(loaded.data.evaluation)} eval rows"
+    models, data = loaded.config.model, loaded.texts.data
+    rows = f"{len(data.train)} train, {len(data.evaluation)} eval rows"
+    asked = loaded.method.needs.asked(loaded.config.mode)
+    teachers = {name: loaded.teachers[name] for name in asked} or loaded.teachers
     return {
         "student": _model_line(models.student.path, loaded.student),
-        "teacher": "none" if teacher is None else _model_line(models.teacher.path, teacher),
+        "teacher": "; ".join(_teacher_line(name, teacher) for name, teacher in teachers.items()) or "none",
         "data": f"{loaded.config.data.path or loaded.config.data.name}: {rows}",
         "steps": str(loaded.max_steps),
     }
 
 
 def _model_line(path: str | None, model: Any) -> str:
+    if model is None:
+        return f"{path} (its tokenizer)"
     return f"{path} ({type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters)"
 
 
-def _device(config: Config) -> torch.device:
-    kind = config.hardware.device
-    return torch.device(kind, distributed.local_rank()) if kind == "cuda" else torch.device(kind)
+def _coverage_line(found: dict[str, float]) -> str:
+    """How much of the text both models cut alike; digits apart, which cost most where they do not (docs/methods.md)."""
+    parts = [
+        f"{label}: {found[prefix + 'one_to_one']:.0%} one to one, {found[prefix + 'multi_token']:.0%} in groups of "
+        f"several, {found[prefix + 'dropped']:.0%} in none"
+        for label, prefix in (("text", ""), ("digits", "digits_"))
+    ]
+    return "; ".join(parts)
+
+
+def _teacher_line(name: str, teacher: Teacher) -> str:
+    if isinstance(teacher, LocalTeacher):
+        name = "" if name in ("teacher", "model.teacher.path") else f"{name} "
+        return name + _model_line(teacher.model.name_or_path, teacher.model)
+    return f"{name} ({'the student itself' if isinstance(teacher, SelfTeacher) else 'kept scores'})"
 
 
 def _quieten(config: Config) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 from typing import Any
 
 from transformers import TrainerCallback
@@ -12,7 +14,7 @@ from opd.artifacts.console import Progress
 from opd.artifacts.run_folder import RunFolder
 from opd.artifacts.tracking import Tracker
 from opd.config import Config
-from opd.evaluate import Evaluator
+from opd.evaluate import Evaluator, row_scores
 from opd.protocols import TokenSequence
 from opd.window import Window
 
@@ -34,8 +36,12 @@ class Recorder(TrainerCallback):
         self._progress: Progress | None = None
 
     def evaluate(self, step: int, phase: str) -> dict[str, float]:
-        """Evaluate before ("before") or after ("after") training: metrics and answers are kept and shown."""
-        metrics, samples = self._evaluator(self._student)
+        """Evaluate before ("before") or after ("after") training: metrics, scores and answers are kept, some shown."""
+        metrics, samples, scores = self._evaluator(self._student)
+        parts = distributed.gather(scores)
+        if self._writes and metrics:
+            lines = (json.dumps({name: _strict(value) for name, value in row.items()}) for row in row_scores(parts))
+            self._folder.write(f"scores-{phase}.jsonl", "".join(f"{line}\n" for line in lines))
         self._write(step, {f"eval/{name}": value for name, value in metrics.items()})
         if self._writes and samples:
             for sample in samples[:_RECORDED_ANSWERS]:
@@ -69,7 +75,7 @@ class Recorder(TrainerCallback):
         """Evaluate where train.eval_every_steps asks for it; the last step is evaluated as "after"."""
         every, step = self._config.train.eval_every_steps, state.global_step
         if every and step % every == 0 and step < self._max_steps:
-            metrics, _ = self._evaluator(self._student)
+            metrics = self._evaluator(self._student).metrics
             self._write(step, {f"eval/{name}": value for name, value in metrics.items()})
 
     def close(self, result: dict[str, Any]) -> None:
@@ -90,3 +96,8 @@ class Recorder(TrainerCallback):
             "origin": sequence.origin,
             "finished": sequence.finished,
         }
+
+
+def _strict(value: float) -> float | str:
+    """NaN and infinities as strings: JSON has no word for them."""
+    return value if math.isfinite(value) else str(value)

@@ -12,7 +12,7 @@ import math
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +26,24 @@ from transformers.trainer_utils import rotate_checkpoints
 from opd import distributed
 from opd.config import Config
 from opd.errors import RunError
-from opd.models import Vocabulary, attach_objective, causal_lm, computing, hidden_states, read_head
+from opd.models import (
+    Vocabulary,
+    attach_objective,
+    causal_lm,
+    computing,
+    evaluation_mode,
+    predicting_states,
+    read_head,
+)
 from opd.objectives import token_logprobs
 from opd.protocols import Dense, ExampleSet, Layout, Method, Terms
 from opd.sources import SequenceSource
-from opd.sources.rollouts import evaluation_mode
-from opd.teachers import Teacher
+from opd.teachers import Teacher, ask_teachers
 from opd.window import Window, WindowBuilder
 
 log = logging.getLogger("opd")
 _SPENT = "spent.json"  # in a checkpoint: seconds and tokens up to it
+_LEDGER = ("student_trained_tokens", "student_sampled_tokens", "teacher_sampled_tokens", "teacher_scored_tokens")
 
 
 class DistillationTrainer(Trainer):
@@ -62,7 +70,8 @@ class DistillationTrainer(Trainer):
         self._on_step, self._metrics, self._maxima = on_step, {}, {}
         self._staging: Path | None = None
         self.step_started = self.step_seconds = 0.0
-        self.spent = {"train_seconds": 0.0, "tokens": 0}  # by all sessions; evaluating and saving left out
+        self.spent: dict[str, Any] = {"train_seconds": 0.0, "tokens": 0}  # by all sessions; without evaluating, saving
+        self.spent["ledger"] = dict.fromkeys(_LEDGER, 0)
         attach_objective(model)
         device = torch.device(config.hardware.device)
         if config.hardware.device == "cuda":
@@ -91,6 +100,8 @@ class DistillationTrainer(Trainer):
         """Train to the end, from a checkpoint if there is one."""
         if checkpoint is not None:
             self.windows.load(checkpoint)
+            for teacher in _each(self.teachers):
+                teacher.load(checkpoint)
             self.spent = json.loads((checkpoint / _SPENT).read_text(encoding="utf-8"))
         self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         self._refuse_non_finite_weights()
@@ -102,9 +113,9 @@ class DistillationTrainer(Trainer):
         self.step_started = time.perf_counter()
         with computing(self.config.hardware):
             self.window = self.windows(self.state.global_step)
-        self.spent["tokens"] += int(self.window.counts["loss_tokens"])
-        for name, value in self.window.metrics.items():
-            self._add(name, value, 1.0)
+        self._keep_ledger(self.window)
+        for name, pair in self.window.metrics.items():
+            self._add(name, *pair)  # every rank holds the sums of all: their ratio is the same
         if len(self.window.batches) != num_batches:
             raise RunError(
                 f"step {self.state.global_step}: {len(self.window.batches)} micro-batches, not {num_batches}"
@@ -116,21 +127,16 @@ class DistillationTrainer(Trainer):
     ) -> Any:
         """This micro-batch's share of the step's loss, times the number of ranks that the reducer averages over."""
         batch = inputs["batch"]
-        layout = batch.layout
-        wanted = {name for name, kind in self.method.needs.teachers.items() if kind != "logprobs"}
-        scores = {name: self.teachers[name].score(batch.views.get(name, layout)) for name in wanted}
+        scores = ask_teachers(self.method.needs, self.teachers, batch)
         inner = causal_lm(model)
 
         def objective(hidden: Tensor) -> Terms:
-            student = Dense(hidden.flatten(0, 1)[layout.predictors], read_head(inner, self.vocabulary.size))
-            return self.method.loss(student, scores, batch)
+            return self.method.loss(Dense(hidden, read_head(inner, self.vocabulary.size)), scores, batch)
 
-        terms = model(input_ids=layout.input_ids, attention_mask=layout.attention_mask, objective=objective)
+        terms = model(layout=batch.layout, objective=objective)
         self._note(terms)
-        counts = self.window.counts
-        shares = [term.weight * term.sum / max(counts[term.count], 1e-12) for term in terms.terms if counts[term.count]]
-        loss = sum(shares) if shares else sum(term.sum * 0.0 for term in terms.terms)
-        if not math.isfinite(value := float(torch.as_tensor(loss).detach())):
+        loss = share_of_step(terms, self.window.counts)
+        if not math.isfinite(value := float(loss.detach())):
             raise self._diverged(f"step {self.state.global_step + 1}: the loss is {value}")
         return loss * distributed.world_size()
 
@@ -150,6 +156,18 @@ class DistillationTrainer(Trainer):
         }
         self.state.log_history.append({"step": step, **record})
         self._on_step(step, record, window)
+
+    def _keep_ledger(self, window: Window) -> None:
+        """Tokens of completions by what was done to them: the budget that methods are compared under."""
+        needs, counts, ledger = self.method.needs, window.counts, self.spent["ledger"]
+        self.spent["tokens"] += int(counts["loss_tokens"])
+        ledger["student_trained_tokens"] += int(counts["loss_tokens"])
+        ledger["student_sampled_tokens"] += window.sampled["student"] + window.sampled["mixture"]
+        ledger["teacher_sampled_tokens"] += window.sampled["teacher"] + window.sampled["mixture"]
+        for name, need in needs.teachers.items():
+            asked = sum(counts[f"{kind}_loss_tokens"] for kind in need.kinds or needs.sequences)
+            times = needs.window + (need.scores != "logprobs" or not needs.window)
+            ledger["teacher_scored_tokens"] += 0 if self.teachers[name].is_kept else int(times * asked)
 
     def _add(self, name: str, numerator: float, denominator: float) -> None:
         sums = self._metrics.setdefault(name, [0.0, 0.0])
@@ -183,11 +201,11 @@ class DistillationTrainer(Trainer):
             if parameter.requires_grad and not torch.isfinite(parameter).all():
                 raise self._diverged(f"step {self.state.global_step}: {name} is no longer finite")
 
-    def _student_logprobs(self, layout: Layout) -> Tensor:
+    def _student_logprobs(self, layout: Layout, temperature: float) -> Tensor:
         inner = causal_lm(self.model)
         with evaluation_mode(inner):
-            hidden = hidden_states(inner, layout.input_ids, layout.attention_mask).flatten(0, 1)[layout.predictors]
-            return token_logprobs(Dense(hidden, read_head(inner, self.vocabulary.size)), layout.targets)
+            scores = Dense(predicting_states(inner, layout), read_head(inner, self.vocabulary.size))
+            return token_logprobs(scores, layout.targets, temperature=temperature)
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Not counted: Trainer's formula knows neither rollouts nor teachers."""
@@ -211,6 +229,8 @@ class DistillationTrainer(Trainer):
             distributed.barrier()
             super()._save_checkpoint(model, trial)
             self.windows.save(self._staging / name)
+            for teacher in _each(self.teachers):
+                teacher.save(self._staging / name)
             distributed.barrier()
             if self.args.should_save:
                 (self._staging / name / _SPENT).write_text(json.dumps(self.spent), encoding="utf-8")
@@ -244,10 +264,23 @@ class _StepKeeper(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer.step_seconds = time.perf_counter() - self._trainer.step_started
         self._trainer.spent["train_seconds"] += self._trainer.step_seconds
+        for teacher in _each(self._trainer.teachers):
+            teacher.after_step()
         # A checkpoint then holds no half-summed metrics, the last step is never lost, samples stand beside metrics.
         every, step = self._trainer.config.train.sample_every_steps, state.global_step
         if control.should_save or step == state.max_steps or (every and step % every == 0):
             control.should_log = True
+
+
+def share_of_step(terms: Terms, counts: Mapping[str, float]) -> Tensor:
+    """Σ weight · sum / count. A count of 0 leaves a zero that hangs on the graph."""
+    shares = [term.weight * term.sum / (counts[term.count] or math.inf) for term in terms.terms]
+    return torch.stack(shares).sum()
+
+
+def _each(teachers: Mapping[str, Teacher]) -> Iterable[Teacher]:
+    """Every teacher once: two names may stand for one."""
+    return {id(teacher): teacher for teacher in teachers.values()}.values()
 
 
 def training_arguments(config: Config, max_steps: int, num_micro_batches: int) -> TrainingArguments:
@@ -255,7 +288,7 @@ def training_arguments(config: Config, max_steps: int, num_micro_batches: int) -
     train, hardware = config.train, config.hardware
     warmup = train.warmup_steps or math.ceil(train.warmup_ratio * max_steps)
     schedule = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine_with_min_lr"}
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=config.run.dir,
         seed=config.run.seed % 2**32,
         max_steps=max_steps,
@@ -283,6 +316,9 @@ def training_arguments(config: Config, max_steps: int, num_micro_batches: int) -
         dataloader_pin_memory=False,
         ddp_find_unused_parameters=False,
     )
+    if arguments.n_gpu > 1:  # one process uses one GPU: transformers would spread its batches over all it can see
+        arguments._n_gpu = 1
+    return arguments
 
 
 def _ticket(items: list[int]) -> dict[str, Tensor]:

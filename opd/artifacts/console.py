@@ -47,6 +47,8 @@ def banner(config: Config, facts: dict[str, str]) -> str:
         f"at most {tokens:,} completion tokens; {facts['steps']} steps",
         "writes to": config.run.dir,
     }
+    if config.mode != "train":
+        del lines["a step"]
     return "\n".join(f"{name:>10}  {text}" for name, text in lines.items())
 
 

@@ -23,7 +23,9 @@ _FREE = {("run", "resume"), ("run", "dir"), ("tracking",), ("artifacts",)}
 
 
 RANK_LOGS = ".ranks"  # where the launcher keeps what each rank printed; it is there before the run is
+STAGES = "stages.json"  # the stages that were made for the run, which may be before it begins
 _LOCK = ".lock"  # held by the process that writes
+_BEFORE = (RANK_LOGS, STAGES, _LOCK, ".config.yaml.partial")  # what may be there before config.yaml is
 
 
 class RunFolder:
@@ -45,7 +47,7 @@ class RunFolder:
             self.checkpoint = Path(resume)
             if not (self.checkpoint / "trainer_state.json").is_file():
                 raise ConfigError(f"run.resume={resume}: not a checkpoint folder (auto, never, or a checkpoint-N)")
-        if not self.path.exists() or all(e.name in (RANK_LOGS, _LOCK) for e in self.path.iterdir()):
+        if not self.path.exists() or all(e.name in _BEFORE for e in self.path.iterdir()):
             return
         if not (self.path / "config.yaml").is_file():
             raise ConfigError(f"{key}: not empty, and not a run's folder (no config.yaml); choose another folder")
@@ -176,8 +178,17 @@ def _differences(theirs: Any, mine: Any) -> str:
         f"{'.'.join(key)}: {there!r} there, {here!r} here"
         for key, there, here in _walk(theirs, mine, ())
         if not any(key[: len(free)] == free for free in _FREE | made)
+        and not (_kept_as(there, theirs) == _kept_as(here, mine) is not None)
     ]
     return "; ".join(found[:3]) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
+
+
+def _kept_as(value: Any, config: dict[str, Any]) -> Path | None:
+    """Where a path lies in the config's artifacts.dir, which may be another folder elsewhere; None if not there."""
+    folder = (config.get("artifacts") or {}).get("dir")
+    if not isinstance(value, str) or folder is None or not Path(value).is_relative_to(folder):
+        return None
+    return Path(value).relative_to(folder)
 
 
 def _walk(theirs: Any, mine: Any, key: tuple[str, ...]) -> list[tuple[tuple[str, ...], Any, Any]]:

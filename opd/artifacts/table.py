@@ -12,7 +12,7 @@ Direction = Literal["higher", "lower", "neutral"]
 Verdict = Literal["better", "worse", "same", "undefined", ""]
 
 _HIGHER = {"success", "recovery", "optimal", "match", "agreement", "accuracy", "acc"}
-_LOWER = {"kl", "loss", "perplexity"}
+_LOWER = {"kl", "loss", "nll", "perplexity"}
 # What a reader looks for first; anything else follows in the order it was recorded.
 _ORDER = (
     "success",
@@ -22,6 +22,7 @@ _ORDER = (
     "agreement",
     "forward_kl",
     "reverse_kl",
+    "nll",
     "loss",
     "perplexity",
 )

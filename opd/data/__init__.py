@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opd.config import Config, Data
-from opd.data.files import load_examples, split_evaluation
-from opd.data.walk import WalkTask
+from opd.data.files import FileExamples, load_examples, split_evaluation
+from opd.data.responses import with_responses
+from opd.data.walk import PAIRED, WalkTask
+from opd.data.walk_rules import training_pairs
 from opd.errors import ConfigError
 from opd.protocols import Example, ExampleSet, Needs
 
@@ -31,14 +33,29 @@ class DataSet:
     summary: dict[str, Any] = field(default_factory=dict)
 
 
-def load_data(config: Config, tokenizer: PreTrainedTokenizerBase, needs: Needs, stop_ids: frozenset[int]) -> DataSet:
+def load_data(
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    needs: Needs,
+    stop_ids: frozenset[int],
+    *,
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
+) -> DataSet:
     """The rows that `data` names, in the student's ids, as the method reads them.
 
-    Refuses fewer rows than a step needs.
+    `teacher_tokenizer`: the teacher's, where it is another one; rows then hold the teacher's prompt in its ids. Refuses
+    fewer rows than a step needs.
     """
     load = {"walk": _walk, "file": _file}[config.data.name]
-    data = load(config, tokenizer, needs, stop_ids)
-    if len(data.train) < config.train.batch_size:
+    data = load(config, tokenizer, needs, stop_ids, teacher_tokenizer)
+    if needs.rows is not None and needs.rows < len(data.train):
+        first = FileExamples([data.train[row] for row in range(needs.rows)], {})
+        data = replace(data, train=first, summary={**data.summary, "first_rows_only": needs.rows})
+    if needs.stored_responses and config.mode != "responses":
+        assert config.data.responses is not None
+        answered = with_responses(data.train, Path(config.data.responses), config.data.max_completion_length)
+        data = replace(data, train=answered, summary={**data.summary, **answered.summary})
+    if config.mode == "train" and len(data.train) < config.train.batch_size:
         raise ConfigError(
             f"train.batch_size={config.train.batch_size}: the data has only {len(data.train)} training rows "
             f"({_counts(config.data, data)}); lower it to {len(data.train)} or less"
@@ -52,10 +69,11 @@ def check_lengths(config: Config, data: DataSet, needs: Needs, max_positions: di
     `max_positions`: {key of the model's path: its limit}.
     """
     rows = [data.train[row] for row in range(len(data.train))] + list(data.evaluation)
-    sampled = config.rollout.max_completion_tokens if needs.rollouts or data.evaluation else 0
+    samples = needs.rollouts or config.mode == "responses" or data.evaluation
+    sampled = config.rollout.max_completion_tokens if samples else 0
     if data.evaluation:
         sampled = max(sampled, config.evaluation.max_completion_tokens or 0)
-    longest = max(len(row.prompt_ids) + max(len(row.completion_ids or []), sampled) for row in rows)
+    longest = max(_longest_prompt(row) + max(_longest_answer(row), sampled) for row in rows)
     for key, limit in max_positions.items():
         if limit is not None and longest > limit:
             raise ConfigError(
@@ -66,24 +84,56 @@ def check_lengths(config: Config, data: DataSet, needs: Needs, max_positions: di
             )
 
 
+def _longest_prompt(row: Example) -> int:
+    return max(map(len, [row.prompt_ids, *row.teacher_prompts.values()]))
+
+
+def _longest_answer(row: Example) -> int:
+    return max(map(len, [row.completion_ids or [], *row.alternatives.values()]))
+
+
 def _counts(settings: Data, data: DataSet) -> str:
     rows, held_out = data.summary.get("rows", len(data.train)), len(data.evaluation)
     return f"{rows} rows, {held_out} held out by data.eval_prompts={settings.eval_prompts}"
 
 
-def _walk(config: Config, tokenizer: PreTrainedTokenizerBase, needs: Needs, stop_ids: frozenset[int]) -> DataSet:
-    del needs, stop_ids
-    task, settings = WalkTask(), config.data
-    train = task.train(tokenizer, settings.limit or 6941, config.run.seed)
+def _walk(
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    needs: Needs,
+    stop_ids: frozenset[int],
+    teacher_tokenizer: PreTrainedTokenizerBase | None,
+) -> DataSet:
+    del stop_ids
+    task, settings = WalkTask(config.data.variant), config.data
+    _check_variant(config, needs)
+    asked = settings.limit or len(training_pairs())
+    train = task.train(tokenizer, asked, config.run.seed, teacher_tokenizer)
+    dropped = {"chosen_is_rejected": asked - len(train)} if len(train) < asked else {}
+    summary = {"rows": asked, "kept": len(train), "dropped": dropped}
     if not settings.eval_prompts:
-        return DataSet(train, [], task.score, summary={"rows": len(train)})
-    held_out = task.evaluation(tokenizer, settings.eval_prompts)
+        return DataSet(train, [], task.score, summary=summary)
+    held_out = task.evaluation(tokenizer, settings.eval_prompts, teacher_tokenizer)
     evaluation = [held_out[row] for row in range(len(held_out))]
     probes = task.probes(tokenizer, settings.eval_prompts)
-    return DataSet(train, evaluation, task.score, dict(probes), {"rows": len(train), "kept": len(train)})
+    return DataSet(train, evaluation, task.score, dict(probes), summary)
 
 
-def _file(config: Config, tokenizer: PreTrainedTokenizerBase, needs: Needs, stop_ids: frozenset[int]) -> DataSet:
+def _check_variant(config: Config, needs: Needs) -> None:
+    variant, method = config.data.variant, config.method.name
+    if "chosen" in needs.sequences and variant not in PAIRED:
+        raise ConfigError(f"data.variant={variant}: method={method} learns from preference pairs; use data=walk_bold")
+    if needs.privileged and variant != "hint":
+        raise ConfigError(f"data.variant={variant}: method={method} needs a hint for its teacher; use data=walk_hint")
+
+
+def _file(
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    needs: Needs,
+    stop_ids: frozenset[int],
+    teacher_tokenizer: PreTrainedTokenizerBase | None,
+) -> DataSet:
     settings = config.data
     assert settings.path is not None
     examples = load_examples(
@@ -92,6 +142,7 @@ def _file(config: Config, tokenizer: PreTrainedTokenizerBase, needs: Needs, stop
         # Held-out rows are scored by their completions, so that methods that do not learn from them can be compared.
         needs=replace(needs, completions="optional") if needs.completions == "unused" else needs,
         stop_ids=stop_ids,
+        teacher_tokenizer=teacher_tokenizer,
         limit=settings.limit,
         max_prompt_length=settings.max_prompt_length,
         max_completion_length=settings.max_completion_length,

@@ -60,7 +60,17 @@ def render(
         prompt_ids, completion_ids, mask = renderer.conversation(content)
     if mask is not None and all(mask):
         mask = None
-    return Example(row, prompt_ids, completion_ids, mask, dict(fields))
+    return Example(row, prompt_ids, completion_ids, mask, fields=dict(fields))
+
+
+def render_messages(
+    messages: list[Message], tokenizer: PreTrainedTokenizerBase, place: str, *, open_turn: bool
+) -> list[int]:
+    """The messages' ids as `render` makes those of a prompt; `open_turn`: with the assistant's turn opened behind them.
+
+    Without it they are a piece of a conversation, and a tokenizer without a template puts no BOS before them.
+    """
+    return _Renderer(tokenizer, frozenset(), place).messages(messages, open_turn=open_turn)
 
 
 @dataclass(frozen=True)
@@ -73,16 +83,9 @@ class _Renderer:
         return row_refusal(self.place, problem, remedy)
 
     def conversation(self, content: Conversation) -> tuple[list[int], list[int] | None, list[bool] | None]:
-        has_template = bool(self.tokenizer.chat_template)
         if not content.loss_turns:
-            if has_template:
-                text = self.template(content.messages, open_turn=True)
-                self.check_shown(content.messages, None, text)
-                prompt_ids = self.ids(text)
-            else:
-                prompt_ids = self.ids("".join(m["content"] for m in content.messages), bos=True)
-            return self.nonempty(prompt_ids), None, None
-        spans_of = self.template_spans if has_template else self.plain_spans
+            return self.nonempty(self.messages(content.messages, open_turn=True)), None, None
+        spans_of = self.template_spans if self.tokenizer.chat_template else self.plain_spans
         # Behind the last loss token nothing is predicted, so nothing is kept.
         messages = content.messages[: content.loss_turns[-1] + 1]
         ids, spans = spans_of(messages, content.loss_turns)
@@ -93,6 +96,13 @@ class _Renderer:
         completion_ids = self.closed(ids[start:end])
         mask += [True] * (len(completion_ids) - len(mask))
         return self.nonempty(ids[:start]), completion_ids, mask
+
+    def messages(self, messages: list[Message], *, open_turn: bool) -> list[int]:
+        if not self.tokenizer.chat_template:
+            return self.ids("".join(message["content"] for message in messages), bos=open_turn)
+        text = self.template(messages, open_turn=open_turn)
+        self.check_shown(messages, None, text)
+        return self.ids(text)
 
     def running_text(self, text: str) -> tuple[list[int], list[int], list[bool]]:
         ids = self.nonempty(self.ids(text, bos=True))

@@ -9,8 +9,13 @@ from typing import Any, Literal
 
 from opd.errors import ConfigError
 
-LAYOUTS = (frozenset({"messages"}), frozenset({"prompt", "completion"}), frozenset({"text"}))
-COLUMNS = ("messages", "prompt", "completion", "text")
+LAYOUTS = (
+    frozenset({"messages"}),
+    frozenset({"prompt", "completion"}),
+    frozenset({"prompt", "chosen", "rejected"}),
+    frozenset({"text"}),
+)
+COLUMNS = ("messages", "prompt", "completion", "chosen", "rejected", "text")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _ROLE_NAMES_ELSEWHERE = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
 
@@ -38,7 +43,7 @@ def read_columns(fields: Mapping[str, Any], turns: Literal["all", "last"], place
     `place` says which row of which file; it opens the ConfigError, which is one line.
     """
     if "messages" in fields:
-        messages = _messages(fields["messages"], "messages", place)
+        messages = read_messages(fields["messages"], "messages", place)
         first = 0
     elif "prompt" in fields:
         messages, first = _prompt_and_completion(fields, place)
@@ -75,7 +80,7 @@ def _prompt_and_completion(fields: Mapping[str, Any], place: str) -> tuple[list[
     prompt, completion = fields["prompt"], fields.get("completion")
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
-    prompt = _messages(prompt, "prompt", place)
+    prompt = read_messages(prompt, "prompt", place)
     if prompt[-1]["role"] == "assistant":
         problem = "prompt ends in an assistant turn, and the model would add a second"
         raise row_refusal(place, problem, "end it in the user's turn, or name the column messages")
@@ -83,18 +88,19 @@ def _prompt_and_completion(fields: Mapping[str, Any], place: str) -> tuple[list[
         return prompt, len(prompt)
     if isinstance(completion, str):
         completion = [{"role": "assistant", "content": completion}]
-    completion = _messages(completion, "completion", place)
+    completion = read_messages(completion, "completion", place)
     if completion[-1]["role"] != "assistant":
         problem = f"completion ends in a turn of the {completion[-1]['role']}"
         raise row_refusal(place, problem, "end it in an assistant turn")
     return prompt + completion, len(prompt)
 
 
-def _messages(value: Any, column: str, place: str) -> list[Message]:
+def read_messages(value: Any, column: str, place: str) -> list[Message]:
+    """The messages in a column. Raises ConfigError, in one line that `place` opens, for anything else and for none."""
     if value is None:
         raise row_refusal(place, f"{column} is None", "fill it in or remove the row")
     if not isinstance(value, list | tuple):
-        kinds = "a list of messages" if column == "messages" else "a string or a list of messages"
+        kinds = "a list of messages" if "messages" in column else "a string or a list of messages"
         problem = f"{column} must be {kinds}, got {type(value).__name__}"
         raise row_refusal(place, problem, "write [{role, content}, …] (.jsonl holds lists, .csv cannot)")
     if not value:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from opd.data.chat import render
 from opd.data.columns import LAYOUTS, row_refusal, without_completion
+from opd.data.preference import split_pair
+from opd.data.privileged import TeacherPrompt, privileged_prompt
 from opd.data.readers import Row, read_rows
 from opd.errors import ConfigError
 from opd.protocols import Example, ExampleSet, Needs
@@ -25,7 +27,8 @@ class FileExamples:
 
     `examples[i].row` is the row's number in the file, which dropped rows and splits leave alone: it is not i.
     `summary` is to be shown and logged: counts named rows, kept, dropped ({reason: count}), truncated,
-    duplicates (kept rows whose ids equal an earlier row's) and blank_lines.
+    duplicates (kept rows whose ids equal an earlier row's) and blank_lines; for a method with a privileged teacher
+    also empty_privileged (rows that hold nothing for it) and privileged_messages_dropped (for want of room).
     """
 
     def __init__(self, examples: Sequence[Example], summary: dict[str, Any]) -> None:
@@ -50,6 +53,7 @@ def load_examples(
     max_completion_length: int | None,
     columns: Mapping[str, str] | None = None,
     key: str = "data.path",
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> FileExamples:
     """The file's rows as this method reads them; lengths are in tokens, None is no limit.
 
@@ -57,6 +61,7 @@ def load_examples(
     that is too long loses its end, and with it its stop token. `columns` maps our name to the file's
     ({"prompt": "question"}); naming a column of one layout hides the others, so that a file with messages and
     a question can be read by the question. Fields are the row's own columns and the renamed ones.
+    `teacher_tokenizer`: the prompt is also kept as this one's template and ids have it.
 
     Raises ConfigError, in one line, for a bad file or row, a column that is not there, a completion that the
     method needs and the row lacks, or no row kept.
@@ -66,8 +71,16 @@ def load_examples(
     kept: list[Example] = []
     dropped: Counter[str] = Counter()
     truncated = 0
+    privileged = Counter(empty_privileged=0, privileged_messages_dropped=0) if needs.privileged else Counter()
     for row in rows:
-        example = _example(row, tokenizer, needs, stop_ids, columns or {}, where)
+        example, teacher = _example(row, tokenizer, teacher_tokenizer, needs, stop_ids, columns or {}, where)
+        if teacher is not None:
+            privileged["empty_privileged"] += teacher.is_empty
+            if teacher.ids is None:
+                dropped[str(teacher.reason)] += 1
+                continue
+            privileged["privileged_messages_dropped"] += teacher.num_messages_dropped
+            example = replace(example, teacher_prompts={"teacher": teacher.ids})
         if max_prompt_length is not None and len(example.prompt_ids) > max_prompt_length:
             dropped["prompt_too_long"] += 1
             continue
@@ -86,6 +99,7 @@ def load_examples(
         "truncated": truncated,
         "duplicates": _num_duplicates(kept),
         "blank_lines": rows.blank_lines,
+        **privileged,
     }
     return FileExamples(kept, summary)
 
@@ -125,24 +139,41 @@ def split_evaluation(
 def _example(
     row: Row,
     tokenizer: PreTrainedTokenizerBase,
+    teacher_tokenizer: PreTrainedTokenizerBase | None,
     needs: Needs,
     stop_ids: frozenset[int],
     columns: Mapping[str, str],
     where: str,
-) -> Example:
+) -> tuple[Example, TeacherPrompt | None]:
     place = f"{where}, row {row.number}"
     named = {ours: _column(row, ours, theirs, place) for ours, theirs in columns.items()}
     fields = {**row.fields, **named}
     read = {name: value for name, value in fields.items() if name not in _hidden(columns)}
+    pair = split_pair(read, place, need_rejected=needs.pairs)
+    if pair is not None:
+        read = {name: value for name, value in read.items() if name not in ("messages", "text")} | pair["chosen"]
     if needs.completions == "unused":
         read = without_completion(read)
     example = render(read, tokenizer, turns=needs.turns, stop_ids=stop_ids, row=row.number, where=where)
+    if pair is not None and needs.pairs:
+        rejected = render(pair["rejected"], tokenizer, turns="last", stop_ids=stop_ids, row=row.number, where=where)
+        if rejected.prompt_ids != example.prompt_ids:
+            problem = "the chat template renders the prompt otherwise before the rejected answer than before the chosen"
+            raise row_refusal(place, problem, "set a chat template that does not look ahead")
+        example = replace(example, alternatives={"rejected": rejected.completion_ids or []})
     if needs.completions == "required" and example.completion_ids is None:
         remedy = "add a completion column or an assistant turn, or choose a method that samples its own"
         raise row_refusal(place, "the method needs a completion and the row has none", remedy)
     if needs.completions == "unused":
         example = replace(example, completion_ids=None, completion_mask=None)
-    return replace(example, fields=fields)
+    if teacher_tokenizer is not None:
+        prompt = without_completion(read)
+        theirs = render(prompt, teacher_tokenizer, turns=needs.turns, stop_ids=stop_ids, row=row.number, where=where)
+        example = replace(example, teacher_prompts={"teacher": theirs.prompt_ids})
+    teacher = None
+    if needs.privileged is not None:
+        teacher = privileged_prompt(read, example.prompt_ids, tokenizer, needs.privileged, place)
+    return replace(example, fields=fields), teacher
 
 
 def _column(row: Row, ours: str, theirs: str, place: str) -> Any:
@@ -162,10 +193,12 @@ def _hidden(columns: Mapping[str, str]) -> frozenset[str]:
 
 def _cut(example: Example, max_completion_length: int | None) -> Example:
     ids, mask = example.completion_ids, example.completion_mask
-    if ids is None or max_completion_length is None or len(ids) <= max_completion_length:
+    answers = [ids or [], *example.alternatives.values()]
+    if ids is None or max_completion_length is None or max(map(len, answers)) <= max_completion_length:
         return example
     shorter = mask[:max_completion_length] if mask is not None else None
-    return replace(example, completion_ids=ids[:max_completion_length], completion_mask=shorter)
+    others = {kind: other[:max_completion_length] for kind, other in example.alternatives.items()}
+    return replace(example, completion_ids=ids[:max_completion_length], completion_mask=shorter, alternatives=others)
 
 
 def _has_target(example: Example) -> bool:
@@ -177,7 +210,9 @@ def _has_target(example: Example) -> bool:
 
 
 def _num_duplicates(examples: Sequence[Example]) -> int:
-    distinct = {(tuple(e.prompt_ids), tuple(e.completion_ids or ())) for e in examples}
+    distinct = {
+        (tuple(e.prompt_ids), tuple(e.completion_ids or ()), *map(tuple, e.alternatives.values())) for e in examples
+    }
     return len(examples) - len(distinct)
 
 
@@ -200,4 +235,8 @@ def _nothing_kept(
 ) -> ConfigError:
     reasons = ", ".join(f"{reason} {count}" for reason, count in dropped.items())
     limits = f"data.max_prompt_length={max_prompt_length}, data.max_completion_length={max_completion_length}"
-    return ConfigError(f"{where}: none of {rows} rows is kept ({reasons}); raise the limits ({limits})")
+    if "privileged_too_long" in dropped:
+        limits += ", method.max_privileged_length"
+    no_limit = set(dropped) == {"empty_privileged"}
+    remedy = "fill in what only the teacher is to see" if no_limit else f"raise the limits ({limits})"
+    return ConfigError(f"{where}: none of {rows} rows is kept ({reasons}); {remedy}")

@@ -123,9 +123,10 @@ def detour_trace(start: int, goal: int, rng: UniformSource, probability: float) 
     return path, is_detour
 
 
-def render_prompt(start: int, goal: int) -> str:
-    """What the user says."""
-    return f"{start} to {goal}"
+def render_prompt(start: int, goal: int, hint: Sequence[int] = ()) -> str:
+    """What the user says; with a hint, a solution follows on a second line: "25 to 22\\nhint: 24 23 22"."""
+    question = f"{start} to {goal}"
+    return f"{question}\nhint: {render_path(hint)}" if hint else question
 
 
 def render_path(path: Sequence[int]) -> str:
@@ -153,9 +154,12 @@ def score(start: int, goal: int, text: str, finished: bool, prefix: str = "") ->
 def _parse_path(text: str) -> list[int] | None:
     """The numbers of an answer; None unless it is two-digit numbers between single spaces."""
     pieces = text.split(" ")
-    if not all(re.fullmatch("[1-9][0-9]", piece) for piece in pieces):  # int() also takes "+26", "2_6", "２６"
-        return None
-    return [int(piece) for piece in pieces]
+    return [int(piece) for piece in pieces] if all(map(is_number, pieces)) else None
+
+
+def is_number(piece: str) -> bool:
+    """Whether this is a number as an answer must write it."""
+    return re.fullmatch("[1-9][0-9]", piece) is not None  # int() also takes "+26", "2_6", "２６"
 
 
 def _leads(start: int, path: list[int], goal: int) -> bool:

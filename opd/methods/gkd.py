@@ -11,7 +11,7 @@ from pydantic import Field
 
 from opd import objectives
 from opd.config import Fraction, MethodConfig
-from opd.protocols import Batch, Dense, Method, Needs, Origin, Scores, Term, Terms
+from opd.protocols import Batch, Dense, Kind, Method, Needs, Origin, Scores, TeacherNeed, Term, Terms
 
 
 class GKD(Method):
@@ -31,12 +31,12 @@ class GKD(Method):
         """A teacher that gives distributions; the data's completions only where some row is left to them."""
         config = self.config
         return Needs(
-            teachers={"teacher": "dense" if config.kd_temperature != 1 else "any"},
+            teachers={"teacher": TeacherNeed("dense" if config.kd_temperature != 1 else "any")},
             completions="unused" if config.lmbda == 1 or config.seq_kd else "required",
             rollouts=config.lmbda > 0 or config.seq_kd,
         )
 
-    def origin(self, coin: float) -> Origin:
+    def origin(self, coin: float, kind: Kind) -> Origin:
         """Student with probability λ; the rest from the teacher (seq_kd) or the data."""
         if coin < self.config.lmbda:
             return "student"

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from opd import objectives
 from opd.config import Fraction, MethodConfig, PositiveInt
-from opd.protocols import Batch, Dense, Method, Needs, Origin, Scores, Term, Terms, TokenSequence
+from opd.protocols import Batch, Dense, Kind, Method, Needs, Origin, Scores, TeacherNeed, Term, Terms, TokenSequence
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,14 +38,14 @@ class ReverseKL(Method):
     def needs(self) -> Needs:
         """Rollouts, and the step's token log-probabilities under the old student and the teacher."""
         return Needs(
-            teachers={"teacher": "logprobs"},
+            teachers={"teacher": TeacherNeed("logprobs")},
             completions="unused",
             rollouts=True,
             window=True,
             num_substeps=self.config.num_substeps,
         )
 
-    def origin(self, coin: float) -> Origin:
+    def origin(self, coin: float, kind: Kind) -> Origin:
         """Always the student."""
         return "student"
 
@@ -63,7 +63,11 @@ class ReverseKL(Method):
             sequence.token_scores["advantages"] = row[: len(sequence.token_scores["student_logprobs"])]
         reverse_kl, _ = objectives.mean_and_std((student - teacher) * mask, mask, total)
         mean, std = objectives.mean_and_std(advantages, mask, total)
-        return {"reverse_kl": reverse_kl, "advantage_mean": mean, "advantage_std": std}
+        metrics = {"reverse_kl": reverse_kl, "advantage_mean": mean, "advantage_std": std}
+        if all("sampler_logprobs" in sequence.token_scores for sequence in sequences):
+            sampler, _ = objectives.pad_rows([sequence.token_scores["sampler_logprobs"] for sequence in sequences])
+            metrics["sampler_trainer_kl"], _ = objectives.mean_and_std(sampler - student, mask, total)
+        return metrics
 
     def loss(self, student: Dense, teachers: dict[str, Scores], batch: Batch) -> Terms:
         """Σ -ρ_t A_t / tokens."""

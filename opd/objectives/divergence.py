@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,6 +22,8 @@ def generalized_jsd(
     *,
     beta: float,
     temperature: float = 1.0,
+    token_clip: float | None = None,
+    top_k: int | None = None,
 ) -> tuple[Float[Tensor, " tokens"], dict[str, Float[Tensor, " tokens"]]]:
     """D_β(T, S) a token, with forward_kl, reverse_kl and the student's entropy as constants beside it.
 
@@ -28,23 +31,58 @@ def generalized_jsd(
     Agarwal et al. 2024 (GKD), eq. 2. The jump at the ends is theirs: D_β → 0 as β → 0 or 1, and D_β / β → KL(T ‖ S).
     Both logits are divided by `temperature`; there is no factor τ². The mixture is formed in log space, so logits
     of ±50 stay finite; a logit of -inf on both sides adds nothing. Gradient flows to the student only.
+
+    `top_k` compares the teacher's k likeliest ids alone, both distributions renormalised to them. `token_clip` bounds
+    from above what each id of the vocabulary adds to the sum; an id at its bound has no gradient of its own, so the
+    clipped sum may be negative. "clip_fraction" then says at which tokens some id was bounded. The other metrics are
+    over the whole vocabulary all the same.
     """
-    outputs = _GeneralizedJSD.apply(student_logits, teacher_logits.detach(), float(beta), float(temperature))
-    value, forward_kl, reverse_kl, entropy = outputs
-    return value, {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "entropy": entropy}
+    teacher_logits = teacher_logits.detach()
+    if token_clip is None and top_k is None:
+        value, *compared = _GeneralizedJSD.apply(student_logits, teacher_logits, float(beta), float(temperature))
+        return value, dict(zip(_COMPARED, compared, strict=True))
+    metrics = _compare(student_logits, teacher_logits, temperature)
+    if top_k is not None:
+        ids = teacher_logits.topk(min(top_k, teacher_logits.shape[1]), dim=1).indices
+        student_logits, teacher_logits = student_logits.gather(1, ids), teacher_logits.gather(1, ids)
+    if token_clip is None:
+        value = _GeneralizedJSD.apply(student_logits, teacher_logits, float(beta), float(temperature))[0]
+        return value, metrics
+    terms = _jsd_terms(student_logits / temperature, teacher_logits / temperature, beta)
+    is_clipped = (terms.detach() > token_clip).any(1)
+    return terms.clamp(max=token_clip).sum(1), {**metrics, "clip_fraction": is_clipped.to(terms.dtype)}
 
 
-def divergence_loss(teacher: Scores, *, beta: float, temperature: float = 1.0) -> TokenLoss:
+def divergence_loss(
+    teacher: Scores,
+    *,
+    beta: float,
+    temperature: float = 1.0,
+    token_clip: float | None = None,
+    top_k: int | None = None,
+    agreement: bool = False,
+) -> TokenLoss:
     """`generalized_jsd` against a teacher's scores, as a loss of tokens.
 
     Sparse scores compare k+1 buckets: the teacher's k ids and, as one, all the rest. That is a lower bound of the
     divergence over the vocabulary (data processing), equal to it for k = V. They hold probabilities at temperature 1.
+
+    `agreement` adds the metric "teacher_student_agreement": whether both find the same id likeliest. It, `token_clip`
+    and `top_k` are for dense scores only (ValueError).
     """
     if isinstance(teacher, Dense):
         dense = teacher
-        return lambda logits, rows: generalized_jsd(
-            logits, final_logits(dense, rows).to(logits.dtype), beta=beta, temperature=temperature
-        )
+
+        def dense_loss(logits: Tensor, rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
+            against = final_logits(dense, rows).to(logits.dtype)
+            value, metrics = generalized_jsd(
+                logits, against, beta=beta, temperature=temperature, token_clip=token_clip, top_k=top_k
+            )
+            return value, {**metrics, **_agreement(logits, against)} if agreement else metrics
+
+        return dense_loss
+    if token_clip is not None or top_k is not None or agreement:
+        raise ValueError("token_clip, top_k and agreement are read off whole distributions, not off sparse scores")
     if temperature != 1.0:
         raise ValueError(f"sparse teacher scores hold probabilities at temperature 1, not {temperature}")
     sparse = teacher
@@ -57,17 +95,45 @@ def divergence_loss(teacher: Scores, *, beta: float, temperature: float = 1.0) -
     return loss
 
 
+def sampled_token_loss(teacher: Dense, targets: Tensor, *, temperature: float = 1.0) -> TokenLoss:
+    """-A log S(y) with the constant A = log T(y) - log S(y), for tokens y that the student sampled.
+
+    In expectation over y its gradient is that of KL(S ‖ T), at `temperature` if y was sampled at it; its value says
+    nothing. Metrics are those of the whole distributions, and "teacher_student_agreement".
+    """
+
+    def loss(logits: Tensor, rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
+        against, chosen = final_logits(teacher, rows).to(logits.dtype), targets[rows, None]
+        student_logprobs = (logits / temperature).log_softmax(1).gather(1, chosen).squeeze(1)
+        teacher_logprobs = (against / temperature).log_softmax(1).gather(1, chosen).squeeze(1)
+        advantages = (teacher_logprobs - student_logprobs).detach()
+        return -advantages * student_logprobs, {
+            **_compare(logits, against, temperature),
+            **_agreement(logits, against),
+        }
+
+    return loss
+
+
 def top_k_scores(teacher: Dense, k: int) -> Sparse:
     """The k likeliest ids of each token, their log-probabilities, and the log of the remaining mass."""
-    ids, logprobs, tails = [], [], []
+    return _sparse(teacher, lambda logits, rows: logits.topk(min(k, logits.shape[1]), dim=1).indices)
+
+
+def scores_on(teacher: Dense, ids: Tensor) -> Sparse:
+    """The same of given ids, (N, k): two teachers can only be compared on the same ones."""
+    return _sparse(teacher, lambda logits, rows: ids[rows])
+
+
+def _sparse(teacher: Dense, choose: Callable[[Tensor, slice], Tensor]) -> Sparse:
+    parts = []
     for rows in tiles(teacher):
         logits = final_logits(teacher, rows)
-        top = logits.topk(min(k, logits.shape[1]), dim=1).indices
-        buckets = _bucket_logprobs(logits, top)
-        ids.append(top)
-        logprobs.append(buckets[:, :-1])
-        tails.append(buckets[:, -1])
-    return Sparse(torch.cat(ids), torch.cat(logprobs), torch.cat(tails))
+        ids = choose(logits, rows)
+        buckets = _bucket_logprobs(logits, ids)
+        parts.append((ids, buckets[:, :-1], buckets[:, -1]))
+    ids, logprobs, tail = (torch.cat(column) for column in zip(*parts, strict=True))
+    return Sparse(ids, logprobs, tail)
 
 
 def _bucket_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
@@ -80,6 +146,34 @@ def _bucket_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
     empty = torch.full_like(normalizer, -math.inf)
     tail = empty if ids.shape[1] >= logits.shape[1] else rest.logsumexp(1, keepdim=True) - normalizer
     return torch.cat([logits.gather(1, ids) - normalizer, tail], dim=1)
+
+
+def _jsd_terms(student_logits: Tensor, teacher_logits: Tensor, beta: float) -> Tensor:
+    """(tokens, vocabulary): what each id adds to D_β. -inf is made merely enormous, as in `_distribution`."""
+    smallest = torch.finfo(student_logits.dtype).min / 4
+    student = student_logits.log_softmax(1).clamp(min=smallest)
+    teacher = teacher_logits.log_softmax(1).clamp(min=smallest)
+    if beta == 0:
+        return teacher.exp() * (teacher - student)
+    if beta == 1:
+        return student.exp() * (student - teacher)
+    mixture = torch.logaddexp(teacher + math.log(beta), student + math.log1p(-beta))
+    return beta * teacher.exp() * (teacher - mixture) + (1 - beta) * student.exp() * (student - mixture)
+
+
+_COMPARED = ("forward_kl", "reverse_kl", "entropy")
+
+
+def _compare(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> dict[str, Tensor]:
+    """The metrics of `generalized_jsd` alone."""
+    with torch.no_grad():
+        _, *compared = _GeneralizedJSD.apply(student_logits, teacher_logits, 0.0, float(temperature))
+    return dict(zip(_COMPARED, compared, strict=True))
+
+
+def _agreement(student_logits: Tensor, teacher_logits: Tensor) -> dict[str, Tensor]:
+    same = student_logits.argmax(1) == teacher_logits.argmax(1)
+    return {"teacher_student_agreement": same.to(student_logits.dtype)}
 
 
 class _GeneralizedJSD(torch.autograd.Function):

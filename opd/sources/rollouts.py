@@ -6,8 +6,7 @@ random state, not on the number of ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from opd.models import Vocabulary, causal_lm
+from opd.models import Vocabulary, causal_lm, evaluation_mode
 from opd.randomness import generator
 
 
@@ -37,10 +36,20 @@ class Completion:
     ids: list[int]
     finished: bool
     entropy: float  # mean over its tokens of the entropy of the distribution sampled from, nats
+    logprobs: list[float]  # of its tokens under the distribution they were drawn from, nats
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Two models, whose next-token probabilities are averaged: (1 - share) · student + share · teacher (MiniLLM)."""
+
+    student: PreTrainedModel
+    teacher: PreTrainedModel
+    share: float
 
 
 def sample(
-    model: PreTrainedModel,
+    model: PreTrainedModel | Mixture,
     prompts: Sequence[list[int]],
     *,
     addresses: Sequence[tuple],
@@ -48,38 +57,28 @@ def sample(
     vocabulary: Vocabulary,
 ) -> list[Completion]:
     """One completion a prompt, in the order of the prompts. `addresses[i]` = (seed, purpose, *numbers) of prompt i."""
-    model = causal_lm(model)
+    mixed = model if isinstance(model, Mixture) else Mixture(model, model, 0.0)
+    models = [(causal_lm(mixed.student), 1 - mixed.share)]
+    models += [(causal_lm(mixed.teacher), mixed.share)] if mixed.share else []
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     completions: dict[int, Completion] = {}
-    with evaluation_mode(model):
+    with evaluation_mode(models[0][0]):  # a teacher is in it already
         for start in range(0, len(order), sampling.batch_size):
             chosen = order[start : start + sampling.batch_size]
             uniforms = np.stack([generator(*addresses[i]).random(sampling.max_completion_tokens) for i in chosen])
-            batch = _sample_batch(model, [prompts[i] for i in chosen], uniforms, sampling, vocabulary)
+            batch = _sample_batch(models, [prompts[i] for i in chosen], uniforms, sampling, vocabulary)
             completions.update(zip(chosen, batch, strict=True))
     return [completions[i] for i in range(len(prompts))]
 
 
-@contextmanager
-def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Dropout off and no gradients, and then as it was."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
-
-
 def _sample_batch(
-    model: PreTrainedModel,
+    models: Sequence[tuple[PreTrainedModel, float]],
     prompts: list[list[int]],
     uniforms: np.ndarray,
     sampling: Sampling,
     vocabulary: Vocabulary,
 ) -> list[Completion]:
-    device = model.device
+    device = models[0][0].device
     width = max(map(len, prompts))
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     ids = torch.tensor([[vocabulary.pad_id] * (width - len(p)) + p for p in prompts], device=device)
@@ -88,19 +87,25 @@ def _sample_batch(
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     stops = torch.tensor(sorted(vocabulary.stop_ids), device=device)
     draws = torch.from_numpy(uniforms).to(device)
-    cache, alive = DynamicCache(config=model.config), torch.ones_like(lengths, dtype=torch.bool)
-    tokens, entropies, counts = [], torch.zeros(len(prompts), device=device), torch.zeros_like(lengths)
+    caches = [DynamicCache(config=model.config) for model, _ in models]
+    alive = torch.ones_like(lengths, dtype=torch.bool)
+    tokens, logprobs = [], []
+    entropies, counts = torch.zeros(len(prompts), device=device), torch.zeros_like(lengths)
     for step in range(sampling.max_completion_tokens):
-        output = model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        token, entropy = _draw(output.logits[:, -1, : vocabulary.size].float(), draws[:, step], sampling)
+        logits = [
+            model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1, : vocabulary.size]
+            for (model, _), cache in zip(models, caches, strict=True)
+        ]
+        token, logprob, entropy = _draw(logits, [share for _, share in models], draws[:, step], sampling)
         tokens.append(token)
+        logprobs.append(logprob)
         entropies += entropy * alive
         counts += alive
         alive &= ~torch.isin(token, stops)
@@ -108,22 +113,41 @@ def _sample_batch(
             break
         ids, positions = token[:, None], positions[:, -1:] + 1
         mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
-    rows, finished = torch.stack(tokens, dim=1).tolist(), (~alive).tolist()
-    return [
-        Completion(row[:count], done, entropy / count)
-        for row, count, done, entropy in zip(rows, counts.tolist(), finished, entropies.tolist(), strict=True)
-    ]
+    columns = zip(
+        torch.stack(tokens, dim=1).tolist(),
+        torch.stack(logprobs, dim=1).tolist(),
+        counts.tolist(),
+        (~alive).tolist(),
+        entropies.tolist(),
+        strict=True,
+    )
+    return [Completion(row[:n], done, entropy / n, scores[:n]) for row, scores, n, done, entropy in columns]
 
 
-def _draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """The token whose share of the cumulative distribution holds the uniform number, (B,); and the entropy, (B,)."""
+def _draw(
+    logits: Sequence[Tensor], shares: Sequence[float], uniform: Tensor, sampling: Sampling
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The token whose share of the cumulative distribution holds the uniform number, its log-probability, the entropy.
+
+    `logits`: (B, V) of each model; the distributions are averaged by `shares`. All three results are (B,).
+    """
     if sampling.temperature == 0:
-        return logits.argmax(1), torch.zeros_like(logits[:, 0])
-    probabilities = _truncate((logits / sampling.temperature).softmax(1), sampling)
+        scores = [each.float() if len(logits) == 1 else each.float().softmax(1) for each in logits]
+        token = _average(scores, shares).argmax(1)
+        return token, torch.zeros_like(uniform, dtype=torch.float32), torch.zeros_like(uniform, dtype=torch.float32)
+    average = _average([(each.float() / sampling.temperature).softmax(1) for each in logits], shares)
+    probabilities = _truncate(average, sampling)
     cumulative = probabilities.double().cumsum(1)
     token = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True).squeeze(1)
+    token = token.clamp(max=probabilities.shape[1] - 1)
     entropy = -torch.special.xlogy(probabilities, probabilities).sum(1)
-    return token.clamp(max=logits.shape[1] - 1), entropy
+    return token, probabilities.gather(1, token[:, None]).squeeze(1).log(), entropy
+
+
+def _average(distributions: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
+    if len(distributions) == 1:
+        return distributions[0]
+    return torch.stack([share * each for share, each in zip(shares, distributions, strict=True)]).sum(0)
 
 
 def _truncate(probabilities: Tensor, sampling: Sampling) -> Tensor:

@@ -1,24 +1,8 @@
-"""Who scores sequences. One method of a teacher each for the two things that are asked of it."""
+"""Who scores sequences: a model in this process, the student itself in another state, or what a model once said."""
 
-from __future__ import annotations
-
-from typing import Protocol
-
-from torch import Tensor
-
-from opd.protocols import Layout, Scores
+from opd.teachers.base import Teacher, ask_teachers
+from opd.teachers.cached import CachedTeacher, write_scores
 from opd.teachers.local import LocalTeacher
+from opd.teachers.own import SelfTeacher
 
-__all__ = ["LocalTeacher", "Teacher"]
-
-
-class Teacher(Protocol):
-    """Scores of a layout's loss tokens."""
-
-    def score(self, layout: Layout) -> Scores:
-        """Distributions, dense or sparse."""
-        ...
-
-    def logprobs(self, layout: Layout) -> Tensor:
-        """log p(targets[n]) in nats, (N,)."""
-        ...
+__all__ = ["CachedTeacher", "LocalTeacher", "SelfTeacher", "Teacher", "ask_teachers", "write_scores"]

@@ -50,6 +50,27 @@ def test_an_evaluation_does_not_take_an_interrupted_training_for_its_own(tmp_pat
     assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text()) == {"step": 4}
 
 
+def test_an_interrupted_run_continues_where_its_artefacts_were_moved_and_not_on_other_ones(tmp_path):
+    def words(store, name="sft-0123"):
+        folder = tmp_path / store / name / "final_model"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text("{}")
+        return [f"artifacts.dir={tmp_path / store}", "model/student=path", f"model.student.path={folder}"]
+
+    first = RunFolder(config(tmp_path / "run", *words("here")))
+    first.create()
+    first.release()
+    assert RunFolder(config(tmp_path / "run", *words("there"))).continues
+    with pytest.raises(ConfigError, match=r"model\.student\.path: '.*sft-0123.*' there, '.*sft-4567.*' here"):
+        RunFolder(config(tmp_path / "run", *words("there", "sft-4567")))
+
+
+def test_a_run_that_was_killed_while_it_wrote_its_config_can_begin_again(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".config.yaml.partial").write_text("mode: tr")
+    assert not RunFolder(config(tmp_path / "run")).continues
+
+
 def test_continuing_cuts_what_was_logged_after_the_checkpoint_and_no_text_with_odd_line_ends(tmp_path):
     folder = RunFolder(config(tmp_path / "run"))
     folder.create()

@@ -11,45 +11,63 @@ import json
 import multiprocessing
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
-from contract.tiny import make_model
-from contract.variants import Variant
+from contract.tiny import STUDENT_VOCAB, TEACHER_VOCAB, make_model
+from contract.tokens import STOPS, student_tokenizer, teacher_tokenizer
+from contract.variants import KEPT, PLACEHOLDER, Variant
+from opd.data.responses import write_response
+from opd.protocols import Example
 
-CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789 ,.+-=:"
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["opd.pipeline", "contract.command"])
 
 
-def write_inputs(folder: Path) -> list[str]:
-    """A student, a teacher with a padded table and rows with completions; the words that make a run of them."""
-    vocabulary = {character: number for number, character in enumerate(["</s>", "?", *CHARACTERS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="?")
-    for name, seed, size in (("student", 1, len(vocabulary)), ("teacher", 2, 64)):
-        make_model("llama", seed, size).save_pretrained(folder / name)
-        wrapped.save_pretrained(folder / name)
-    rows = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(3, 12) for b in range(95, 100)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return [
-        "data=file",
-        f"data.path={folder / 'rows.jsonl'}",
-        "data.eval_prompts=4",
-        "model/student=path",
-        f"model.student.path={folder / 'student'}",
-        "model/teacher=path",
-        f"model.teacher.path={folder / 'teacher'}",
+def write_inputs(folder: Path) -> Path:
+    """What the placeholders of `variants` stand for: models, one of them with another tokenizer, answers, and rows.
+
+    The rows serve every method: a prompt with a completion, a pair, and what only a teacher may see.
+    """
+    for name, seed, size, tokenizer in (
+        ("student", 1, STUDENT_VOCAB, student_tokenizer()),
+        ("teacher", 2, TEACHER_VOCAB, student_tokenizer()),
+        ("foreign_teacher", 2, TEACHER_VOCAB, teacher_tokenizer()),
+        ("dpo_teacher", 3, TEACHER_VOCAB, student_tokenizer()),
+        ("ref_teacher", 4, TEACHER_VOCAB, student_tokenizer()),
+    ):
+        model = make_model("llama", seed, size)
+        model.generation_config.eos_token_id = list(STOPS)
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    numbers = [(a, b) for a in range(3, 12) for b in range(95, 100)]
+    rows = [
+        {"prompt": f"{a}+{b}=", "completion": f"{a + b}", "privileged": f"a {a + b}"}
+        | {"chosen": f"{a + b}", "rejected": f"{a + b + 1} b"}
+        for a, b in numbers
     ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (folder / "responses").mkdir()
+    read = student_tokenizer()
+    answers = [(read(f"{a}+{b}=")["input_ids"], [*read(f"{a}{b}")["input_ids"], STOPS[1]]) for a, b in numbers]
+    lines = [write_response(Example(n, prompt), ids, True, read) for n, (prompt, ids) in enumerate(answers)]
+    (folder / "responses" / "responses.jsonl").write_text("\n".join([*lines, ""]), encoding="utf-8")
+    return folder
 
 
 SMALL = (
+    "hardware=cpu_tiny",
+    "data=file",
+    f"data.path={PLACEHOLDER}rows.jsonl",
+    "data.eval_prompts=4",
+    "model/student=path",
+    f"model.student.path={PLACEHOLDER}student",
+    "model/teacher=path",
+    f"model.teacher.path={PLACEHOLDER}teacher",
     "train.batch_size=4",
     "train.micro_batch_size=2",
     "train.log_every_steps=1",
@@ -63,17 +81,21 @@ SMALL = (
 )
 
 
-def words_of(variant: Variant, inputs: list[str], folder: Path, *more: str) -> list[str]:
-    """The command line of this variant in this run folder."""
-    return [
-        f"method={variant.method}",
-        "hardware=cpu_tiny",
-        *inputs,
-        *SMALL,
-        *variant.overrides,
-        f"run.dir={folder}",
-        *more,
-    ]
+def words_of(variant: Variant, inputs: Path, folder: Path, *more: str) -> list[str]:
+    """The command line of this variant in this run folder; scores that it reads are kept first."""
+    words = list(variant.words)
+    if live := [word for word in words if KEPT not in word] if KEPT in " ".join(words) else []:
+        kept = inputs / f"scores-{variant.method}"
+        if not kept.exists():
+            asking = _line(variant.method, live, inputs, kept, "mode=scores")
+            start(asking, inputs / f"scores-{variant.method}.log").finish()
+        words = [word.replace(KEPT, str(kept)) for word in words]
+    return _line(variant.method, words, inputs, folder, *more)
+
+
+def _line(method: str, words: Sequence[str], inputs: Path, folder: Path, *more: str) -> list[str]:
+    named = [word.replace(f"={PLACEHOLDER}", f"={inputs}/") for word in (*SMALL, *words)]
+    return [f"method={method}", *named, f"run.dir={folder}", f"artifacts.dir={folder}-artifacts", *more]
 
 
 @dataclass

@@ -6,12 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from contract.tiny import TEACHER_VOCAB, make_model, make_trainer, train
-from contract.variants import VARIANTS, tiny_config
+from contract.tiny import make_model, make_trainer, train
+from contract.variants import DEFAULTS, VARIANTS, tiny_config
 from opd.errors import RunError
 
-DEFAULTS = [variant for variant in VARIANTS if variant.label == "defaults"]
-AVERAGED = ("train/loss", "train/entropy", "rollout/length_mean", "rollout/truncated_fraction", "rollout/on_policy")
+AVERAGED = ("rollout/length_mean", "rollout/truncated_fraction", "rollout/on_policy")
 
 
 @pytest.mark.parametrize("variant", DEFAULTS, ids=str)
@@ -20,25 +19,28 @@ def test_a_line_is_about_every_step_since_the_last_one_and_the_last_step_has_a_l
     pairs = train(tiny_config(variant, train={"log_every_steps": 2}), steps=5).metrics
     assert len(each) == 5 and len(pairs) == 3
     for line, steps in zip(pairs, ([0, 1], [2, 3], [4]), strict=True):
-        for name in ("train/loss", *[n for n in AVERAGED if n.startswith("rollout") and n in line]):
+        for name in ("train/loss", *[name for name in AVERAGED if name in line]):
             assert line[name] == pytest.approx(sum(each[i][name] for i in steps) / len(steps), rel=1e-5), name
         tokens = [each[i]["train/tokens"] for i in steps]
-        weighted = sum(each[i]["train/entropy"] * n for i, n in zip(steps, tokens, strict=True)) / sum(tokens)
-        assert line["train/entropy"] == pytest.approx(weighted, rel=1e-5)
+        if "train/entropy" in line:
+            weighted = sum(each[i]["train/entropy"] * n for i, n in zip(steps, tokens, strict=True)) / sum(tokens)
+            assert line["train/entropy"] == pytest.approx(weighted, rel=1e-5)
 
 
-@pytest.mark.parametrize("variant", DEFAULTS, ids=str)
+@pytest.mark.parametrize(
+    "variant", [v if v in DEFAULTS else pytest.param(v, marks=pytest.mark.slow) for v in VARIANTS], ids=str
+)
 def test_a_checkpoint_between_two_lines_changes_no_line_of_the_run_that_continues(variant, tmp_path):
     config = tiny_config(variant, train={"log_every_steps": 4, "save_every_steps": 3}, run={"dir": str(tmp_path)})
     whole = train(config, steps=6)
-    trainer, again = make_trainer(
-        config, student=make_model("llama", 1), teacher=make_model("llama", 2, vocab_size=TEACHER_VOCAB), steps=6
-    )
+    trainer, again = make_trainer(config, student=make_model("llama", 1), steps=6)
     trainer.resume(tmp_path / "checkpoint-3")
     assert again.named == whole.named[1:] and len(again.named) == 2
     mine, theirs = again.student.state_dict(), whole.student.state_dict()
     assert all(torch.equal(value, mine[name]) for name, value in theirs.items())
-    assert trainer.spent["tokens"] == sum(line["train/tokens"] for line in train(tiny_config(variant), steps=6).metrics)
+    if variant in DEFAULTS:
+        lines = train(tiny_config(variant), steps=6).metrics
+        assert trainer.spent["tokens"] == sum(line["train/tokens"] for line in lines)
 
 
 def diverging(tmp_path, variant, **settings):
@@ -47,8 +49,7 @@ def diverging(tmp_path, variant, **settings):
         variant, train={**rate, "log_every_steps": 10, "save_every_steps": 1}, run={"dir": str(tmp_path)}
     )
     student = make_model("llama", 1)
-    teacher = make_model("llama", 2, vocab_size=TEACHER_VOCAB)
-    return make_trainer(config, student=student, teacher=teacher, **settings)[0], student
+    return make_trainer(config, student=student, **settings)[0], student
 
 
 @pytest.mark.parametrize("variant", DEFAULTS, ids=str)

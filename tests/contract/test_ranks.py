@@ -12,12 +12,17 @@ import torch
 from contract.command import logged, start, words_of, write_inputs
 from contract.ranks import CASES, train_case, train_on_two_ranks
 from contract.tiny import assert_same_numbers, distance, make_model
-from contract.variants import ROOT, VARIANTS, Variant
+from contract.variants import DEFAULTS, ROOT, Variant, needs_of
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
-    return train_on_two_ranks(tmp_path_factory.mktemp("ranks"))
+    return train_on_two_ranks(tmp_path_factory.mktemp("ranks"), ["ragged", "one_rank_empty", "all_empty"])
+
+
+@pytest.fixture(scope="module")
+def two_ranks_normalised(tmp_path_factory):
+    return train_on_two_ranks(tmp_path_factory.mktemp("normalised"), ["normalised"])
 
 
 def pairs(*cases):
@@ -25,8 +30,17 @@ def pairs(*cases):
 
 
 @pytest.mark.parametrize(("case", "variant"), pairs("ragged", "one_rank_empty"))
-def test_two_ranks_give_the_loss_the_gradient_and_the_metrics_of_one(case, variant, two_ranks):
-    ranks, alone = two_ranks[case, str(variant)], train_case(case, variant, 1)
+def test_two_ranks_give_the_loss_the_gradient_and_the_metrics_of_one(case, variant, two_ranks, tmp_path):
+    assert_ranks_are_one(two_ranks[case, str(variant)], train_case(case, variant, 1, tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("case", "variant"), pairs("normalised"))
+def test_two_ranks_normalise_as_one_does(case, variant, two_ranks_normalised, tmp_path):
+    assert_ranks_are_one(two_ranks_normalised[case, str(variant)], train_case(case, variant, 1, tmp_path))
+
+
+def assert_ranks_are_one(ranks, alone):
     assert ranks[0]["rollouts"] + ranks[1]["rollouts"] == alone.rollouts
     for rank in ranks:
         assert_same_numbers(rank["named"], alone.named[0], 1e-6)
@@ -43,7 +57,7 @@ def test_a_step_without_a_loss_token_is_skipped_on_both_ranks(case, variant, two
         assert all(torch.equal(rank["weights"][name], value) for name, value in untouched.items())
 
 
-@pytest.mark.parametrize("variant", [VARIANTS[0]], ids=str)
+@pytest.mark.parametrize("variant", [next(v for v in DEFAULTS if needs_of(v).rollouts)], ids=str)
 def test_the_command_on_two_ranks_trains_what_one_process_does(variant: Variant, tmp_path):
     """The real command starts its own ranks; three steps with rollouts, and the evaluation around them."""
     inputs = write_inputs(tmp_path)

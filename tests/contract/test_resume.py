@@ -8,13 +8,17 @@ import time
 import pytest
 
 from contract.command import fingerprint, logged, start, train_losses, words_of, write_inputs
-from contract.variants import ALL_VARIANTS, VARIANTS
+from contract.variants import ALL_VARIANTS, DEFAULTS, VARIANTS, needs_of
 
 STEPS, EVERY = 12, 5  # an odd interval: a batch of rollouts for two steps is half used at every checkpoint
 TIMES = (f"train.max_steps={STEPS}", f"train.save_every_steps={EVERY}", "train.keep_checkpoints=2")
 LORA = "model.student.lora={r: 4, alpha: 8, dropout: 0.1, targets: all-linear}"
-# In the default suite: a variant that makes several steps of one batch of rollouts.
-SUBSTEPS = next(variant for variant in VARIANTS if any("num_substeps" in word for word in variant.overrides))
+# In the default suite: several steps of one batch of rollouts, an average of the weights, and kept scores.
+SUBSTEPS = next(variant for variant in VARIANTS if needs_of(variant).num_substeps > 1)
+AVERAGING = next(v for v in VARIANTS if any(need.model == "ema" for need in needs_of(v).teachers.values()))
+PRECOMPUTING = next(v for v in VARIANTS if any(need.precompute for need in needs_of(v).teachers.values()))
+SAMPLING = next(variant for variant in DEFAULTS if needs_of(variant).rollouts)
+KILLED = (SUBSTEPS, AVERAGING, PRECOMPUTING)
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +59,10 @@ def assert_kill_and_resume_is_exact(variant, inputs, tmp_path, *more):
     return whole, broken
 
 
-def test_a_run_killed_in_the_middle_of_a_batch_of_rollouts_continues_to_the_bit(inputs, tmp_path):
-    whole, broken = assert_kill_and_resume_is_exact(SUBSTEPS, inputs, tmp_path)
+@pytest.mark.parametrize("variant", KILLED, ids=str)
+def test_a_killed_run_continues_to_the_bit(variant, inputs, tmp_path):
+    """Rollouts for two steps are half used at the checkpoint; the average has moved; scores were kept before."""
+    whole, broken = assert_kill_and_resume_is_exact(variant, inputs, tmp_path)
     timeless = [
         [{k: v for k, v in line.items() if "second" not in k} for line in logged(folder)] for folder in (whole, broken)
     ]
@@ -64,24 +70,24 @@ def test_a_run_killed_in_the_middle_of_a_batch_of_rollouts_continues_to_the_bit(
 
 
 def test_a_killed_run_of_adapters_with_dropout_continues_to_the_bit(inputs, tmp_path):
-    assert_kill_and_resume_is_exact(VARIANTS[0], inputs, tmp_path, LORA)
+    assert_kill_and_resume_is_exact(SAMPLING, inputs, tmp_path, LORA)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", [v for v in ALL_VARIANTS if v is not SUBSTEPS], ids=str)
+@pytest.mark.parametrize("variant", [v for v in ALL_VARIANTS if v not in KILLED], ids=str)
 def test_every_killed_run_continues_to_the_bit(variant, inputs, tmp_path):
     assert_kill_and_resume_is_exact(variant, inputs, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", VARIANTS[1:], ids=str)
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v is not SAMPLING], ids=str)
 def test_every_killed_run_of_adapters_continues_to_the_bit(variant, inputs, tmp_path):
     assert_kill_and_resume_is_exact(variant, inputs, tmp_path, LORA)
 
 
 @pytest.mark.slow
 def test_a_run_killed_before_its_first_checkpoint_starts_again(inputs, tmp_path):
-    variant, folder, whole = VARIANTS[0], tmp_path / "broken", tmp_path / "whole"
+    variant, folder, whole = SAMPLING, tmp_path / "broken", tmp_path / "whole"
     command = start(words_of(variant, inputs, folder, *TIMES), tmp_path / "broken.log")
     kill_after(2, command, folder)
     for checkpoint in folder.glob("checkpoint-*"):  # the kill came late

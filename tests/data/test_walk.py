@@ -7,8 +7,13 @@ import sys
 from itertools import pairwise
 
 import pytest
+from contract.variants import compose
 
-from opd.data.walk import WalkCorpus, WalkEval, WalkPrompts, WalkTask, recovery_prompts
+from opd.conditions import validated
+from opd.data import load_data
+from opd.data.walk import WalkEval, WalkPrompts, WalkTask, recovery_prompts
+from opd.data.walk_corpus import WalkCorpus
+from opd.data.walk_preferences import bold_path, bold_share, boldest, longer_path, most_timid, timid_path
 from opd.data.walk_rules import (
     NUMBERS,
     detour_trace,
@@ -24,6 +29,9 @@ from opd.data.walk_rules import (
 )
 from opd.data.walk_tokenizer import build_tokenizer
 from opd.errors import ConfigError
+from opd.protocols import Needs, Privileged
+
+HINTED = Privileged("{user}\n\n{privileged}", None, "messages", "template", "error", None)
 
 
 @pytest.fixture(scope="module")
@@ -182,10 +190,20 @@ def test_the_special_tokens_come_first_and_the_end_is_not_padding(tokenizer):
     assert tokenizer.decode(encode(tokenizer, "".join(specials) + "25"), skip_special_tokens=True) == "25"
 
 
-def test_a_smaller_vocabulary_leaves_numbers_in_pieces():
+def test_a_smaller_vocabulary_leaves_38_numbers_in_pieces_at_the_beginning_of_a_text_only():
     small = build_tokenizer(430)
     assert len(small) == 430
-    assert any(len(encode(small, str(number))) == 2 for number in NUMBERS)
+    assert sorted(len(encode(small, str(number))) for number in NUMBERS) == [1] * 52 + [2] * 38
+    assert all(len(encode(small, f" {number}")) == 1 for number in NUMBERS)
+
+
+def test_a_smaller_vocabulary_reads_and_writes_every_prompt_and_answer():
+    small = build_tokenizer(430)
+    for example in (*WalkPrompts(small, 512), *WalkEval(small)):
+        prompt, completion = example.fields["prompt"], example.fields["completion"]
+        assert small.decode(example.prompt_ids) == f"<|user|>{prompt}<|end|><|assistant|>"
+        assert small.decode(example.completion_ids) == f"{completion}<|end|>"
+        assert len(example.completion_ids) <= len(completion.split(" ")) + 2
 
 
 def test_a_vocabulary_without_room_for_all_bytes_is_refused():
@@ -282,6 +300,189 @@ def test_a_number_of_evaluation_prompts_out_of_range_is_refused(tokenizer):
         WalkEval(tokenizer, 513)
 
 
+# The variants
+
+
+@pytest.mark.parametrize("variant", ["plain", "bold", "short", "hint"])
+def test_no_evaluation_prompt_is_trained_on_in_any_variant(tokenizer, variant):
+    task = WalkTask(variant)
+    held_out = {(e.fields["start"], e.fields["goal"]) for e in task.evaluation(tokenizer)}
+    assert held_out == set(evaluation_pairs())
+    assert not held_out & {(e.fields["start"], e.fields["goal"]) for e in task.train(tokenizer, 1500)}
+
+
+@pytest.mark.parametrize("variant", ["plain", "bold", "short", "hint"])
+def test_every_variant_asks_the_student_the_same(tokenizer, variant):
+    plain = {e.row: e.prompt_ids for e in WalkPrompts(tokenizer, 256)}
+    assert all(e.prompt_ids == plain[e.row] for e in WalkPrompts(tokenizer, 256, variant=variant))
+
+
+def test_the_boldest_move_jumps_furthest_and_the_larger_number_breaks_a_tie():
+    assert boldest(25, legal_moves(25)) == 50
+    assert most_timid(25, legal_moves(25)) == 26  # 24 is as near
+    assert boldest(25, (24, 26)) == 26
+    assert boldest(25, (15, 26)) == 15
+
+
+def test_665_of_the_first_1024_training_prompts_have_a_bold_and_another_timid_walk(tokenizer):
+    rows = WalkPrompts(tokenizer, 1024, variant="bold")
+    assert len(rows) == 665
+    wanted = [row for row, pair in enumerate(training_pairs()[:1024]) if bold_path(*pair) != timid_path(*pair)]
+    assert [example.row for example in rows] == wanted
+
+
+def test_a_bold_pair_is_two_shortest_walks_of_equal_length(tokenizer):
+    for example in WalkPrompts(tokenizer, 1500, variant="bold"):
+        start, goal = example.fields["start"], example.fields["goal"]
+        chosen, rejected = example.fields["chosen"], example.fields["rejected"]
+        assert score(start, goal, chosen, True) == score(start, goal, rejected, True) == {"success": 1, "optimal": 1}
+        assert chosen != rejected
+        assert tokenizer.decode(example.completion_ids) == f"{chosen}<|end|>"
+        assert tokenizer.decode(example.alternatives["rejected"]) == f"{rejected}<|end|>"
+        assert len(example.completion_ids) == len(example.alternatives["rejected"])
+        assert bold_share(start, goal, chosen) == 1 > bold_share(start, goal, rejected)
+
+
+def test_no_walk_chosen_for_its_boldness_could_jump_further_at_once():
+    for start, goal in training_pairs()[:500]:
+        jumps = [abs(move - start) for move in optimal_moves(goal)[start]]
+        assert abs(bold_path(start, goal)[0] - start) == max(jumps)
+        assert abs(timid_path(start, goal)[0] - start) == min(jumps)
+
+
+def test_a_short_pair_is_the_reference_and_a_longer_walk_that_succeeds(tokenizer):
+    plain = WalkPrompts(tokenizer, 300, seed=2)
+    rows = WalkPrompts(tokenizer, 300, seed=2, variant="short")
+    assert len(rows) == 300
+    for reference, example in zip(plain, rows, strict=True):
+        start, goal, rejected = (example.fields[name] for name in ("start", "goal", "rejected"))
+        assert example.completion_ids == reference.completion_ids
+        assert score(start, goal, rejected, True) == {"success": 1, "optimal": 0}
+        assert tokenizer.decode(example.alternatives["rejected"]) == f"{rejected}<|end|>"
+        assert len(example.alternatives["rejected"]) > len(example.completion_ids)
+
+
+def test_every_prompt_has_a_longer_walk_of_at_most_twelve_numbers():
+    rng = random.Random(0)
+    for start, goal in training_pairs():
+        assert distances(goal)[start] < len(longer_path(start, goal, rng)) <= 12
+
+
+def test_more_prompts_extend_the_pairs(tokenizer):
+    for variant in ("bold", "short"):
+        few, many = (list(WalkPrompts(tokenizer, number, variant=variant)) for number in (40, 90))
+        assert few == many[: len(few)]
+
+
+# From 70 to 41, three moves of -10 and one of +1 in any order but for the last two: a choice at 70, 60 and 50, none at 71,
+# 61, 51 and 40. At 69, where one is off the shortest walks, 59 and 70 are optimal.
+@pytest.mark.parametrize(
+    ("text", "share"),
+    [
+        ("60 50 40 41", 1),
+        ("71 61 51 41", 0),
+        ("60 61 51 41", 1 / 2),
+        ("60 50 51 41", 2 / 3),
+        ("69 70 60 50 40 41", 3 / 4),  # 69 is not optimal and does not count, 70 from there does
+        ("60 61 60 50 40 41", 3 / 4),  # nor does going back
+        ("60 50 52 42 41", 1),  # read up to the illegal move
+        ("60 5", 1),
+        ("71 61 51 41 42 52", 0),  # read up to the goal
+        ("69", None),
+        ("50 40 41", None),
+        ("", None),
+    ],
+)
+def test_the_bold_share_counts_optimal_moves_where_there_was_a_choice(text, share):
+    assert {state: optimal_moves(41)[state] for state in (70, 60, 50, 71, 61, 51, 40, 69)} == {
+        70: (60, 71), 60: (50, 61), 50: (40, 51), 71: (61,), 61: (51,), 51: (41,), 40: (41,), 69: (59, 70)
+    }  # fmt: skip
+    assert bold_share(70, 41, text) == (None if share is None else pytest.approx(share))
+
+
+def test_boldness_is_scored_in_its_variant_and_only_where_an_answer_has_any(tokenizer):
+    task, plain = WalkTask("bold"), WalkTask()
+    for example in task.evaluation(tokenizer, 64):
+        found = task.score(example, example.fields["completion"], True)
+        assert found == {"success": 1, "optimal": 1, "bold": 1} or found == {"success": 1, "optimal": 1}
+        assert ("bold" in found) == any(
+            len(optimal_moves(example.fields["goal"])[state]) > 1
+            for state in [example.fields["start"], *map(int, example.fields["completion"].split(" "))]
+        )
+        assert "bold" not in plain.score(example, example.fields["completion"], True)
+        assert task.score(example, "", True) == {"success": 0, "optimal": 0}
+    for probe in task.probes(tokenizer, 8)["recovery"]:
+        assert task.score(probe, "", True) == {"success": 0, "optimal": 0}
+
+
+def test_an_evaluation_row_has_an_alternative_where_its_bold_walk_is_not_the_timid_one(tokenizer):
+    for example in WalkEval(tokenizer, variant="bold"):
+        pair = (example.fields["start"], example.fields["goal"])
+        assert ("rejected" in example.alternatives) == (bold_path(*pair) != timid_path(*pair))
+
+
+def test_the_teacher_reads_the_rows_own_answer_as_a_hint_and_the_student_does_not(tokenizer):
+    for rows in (WalkPrompts(tokenizer, 64, seed=1, variant="hint"), WalkEval(tokenizer, 64, variant="hint")):
+        for example in rows:
+            start, goal, answer = (example.fields[name] for name in ("start", "goal", "completion"))
+            plain, hinted = tokenizer.decode(example.prompt_ids), tokenizer.decode(example.teacher_prompts["teacher"])
+            assert plain == f"<|user|>{start} to {goal}<|end|><|assistant|>"
+            assert hinted == f"<|user|>{start} to {goal}\nhint: {answer}<|end|><|assistant|>"
+            assert tokenizer.decode(example.completion_ids) == f"{answer}<|end|>"
+
+
+def test_the_hinted_probe_shows_a_solution_of_the_evaluation_prompts(tokenizer):
+    probe = WalkTask("hint").probes(tokenizer, 32)["hinted"]
+    for example, (start, goal) in zip(probe, evaluation_pairs()[:32], strict=True):
+        prompt = tokenizer.decode(example.prompt_ids)
+        hint = prompt.partition("hint: ")[2].partition("<|end|>")[0]
+        assert prompt.startswith(f"<|user|>{start} to {goal}\nhint: ")
+        assert WalkTask("hint").score(example, hint, True) == {"success": 1, "optimal": 1}
+    assert set(WalkTask().probes(tokenizer, 1)) == {"recovery"}
+
+
+def test_a_teacher_with_another_tokenizer_reads_the_prompt_in_its_own_ids(tokenizer):
+    small = build_tokenizer(430)
+    rows = WalkPrompts(small, 64, teacher_tokenizer=tokenizer)
+    own = WalkPrompts(tokenizer, 64)
+    assert [e.teacher_prompts for e in rows] == [{"teacher": e.prompt_ids} for e in own]
+    assert [e.prompt_ids for e in rows] == [e.prompt_ids for e in WalkPrompts(small, 64)]
+    assert all(e.teacher_prompts == {} for e in own)
+
+
+@pytest.mark.parametrize(
+    ("data", "needs", "refusal"),
+    [
+        (
+            "walk",
+            Needs(sequences=("chosen", "rejected")),
+            r"^data.variant=plain: .* preference pairs; use data=walk_bold$",
+        ),
+        ("walk_hint", Needs(sequences=("chosen", "rejected")), r"^data.variant=hint: .* preference pairs; use"),
+        ("walk", Needs(privileged=HINTED), r"^data.variant=plain: .* a hint for its teacher; use data=walk_hint$"),
+        ("walk_bold", Needs(privileged=HINTED), r"^data.variant=bold: .* a hint for its teacher; use"),
+    ],
+)
+def test_a_method_that_needs_more_than_the_variant_has_is_refused(tokenizer, data, needs, refusal):
+    with pytest.raises(ConfigError, match=refusal):
+        load_data(validated(compose("method=sft", f"data={data}")), tokenizer, needs, frozenset({1}))
+
+
+def test_pairs_that_are_dropped_are_counted(tokenizer):
+    config = validated(compose("method=sft", "data=walk_bold", "data.eval_prompts=4"))
+    data = load_data(config, tokenizer, Needs(sequences=("chosen", "rejected")), frozenset({1}))
+    assert data.summary == {"rows": 1024, "kept": 665, "dropped": {"chosen_is_rejected": 359}}
+    assert (len(data.train), len(data.evaluation)) == (665, 4)
+
+
+@pytest.mark.parametrize(("data", "probes"), [("walk_short", {"recovery"}), ("walk_hint", {"recovery", "hinted"})])
+def test_a_variant_is_chosen_by_the_name_of_its_yaml(tokenizer, data, probes):
+    config = validated(compose("method=sft", f"data={data}", "data.limit=64", "data.eval_prompts=4"))
+    loaded = load_data(config, tokenizer, Needs(), frozenset({1}))
+    assert set(loaded.probes) == probes
+    assert list(loaded.train) == list(WalkPrompts(tokenizer, 64, variant=data.removeprefix("walk_")))
+
+
 # The corpus
 
 
@@ -358,6 +559,37 @@ def test_a_pair_gets_a_fresh_walk_in_every_pass(tokenizer):
     assert sum(walks[0][prompt] != walks[1][prompt] for prompt in walks[0]) > size / 4
 
 
+@pytest.mark.parametrize("vocab_size", [512, 430])
+def test_hinted_corpus_prompts_are_those_of_the_whole_text_and_show_a_shortest_walk(vocab_size):
+    tokenizer = build_tokenizer(vocab_size)
+    corpus = WalkCorpus(tokenizer, 2000, seed=5, detour_probability=0.15, hint_probability=0.93)
+    hinted = followed = 0
+    for example in corpus:
+        start, goal, prompt = (example.fields[name] for name in ("start", "goal", "prompt"))
+        chat = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        assert example.prompt_ids == encode(tokenizer, text)
+        question, _, hint = prompt.partition("\nhint: ")
+        assert question == f"{start} to {goal}"
+        if hint:
+            assert score(start, goal, hint, True) == {"success": 1, "optimal": 1}
+            hinted += 1
+            followed += example.fields["completion"] == hint
+    assert hinted / 2000 == pytest.approx(0.93, abs=0.02)
+    assert followed / hinted > 0.5  # a walk drawn on its own can be the hint too
+
+
+def test_a_row_that_follows_its_hint_has_no_detour_and_the_others_are_the_corpus_without_hints(tokenizer):
+    plain = WalkCorpus(tokenizer, 1000, seed=1, detour_probability=0.15)
+    hinted = WalkCorpus(tokenizer, 1000, seed=1, detour_probability=0.15, hint_probability=1.0)
+    differing = [row for row in range(1000) if hinted[row].completion_ids != plain[row].completion_ids]
+    assert 250 < len(differing) < 550
+    for row in differing:
+        example = hinted[row]
+        assert example.fields["prompt"].endswith(f"hint: {example.fields['completion']}")
+        assert all(example.completion_mask)
+
+
 def test_a_row_outside_the_corpus_is_an_index_error(tokenizer):
     corpus = WalkCorpus(tokenizer, 3)
     assert len(list(corpus)) == len(corpus) == 3
@@ -371,6 +603,8 @@ def test_impossible_corpora_are_refused(tokenizer):
         WalkCorpus(tokenizer, 0)
     with pytest.raises(ConfigError, match=r"detour_probability must lie in \[0, 1\], got 1.5"):
         WalkCorpus(tokenizer, 1, detour_probability=1.5)
+    with pytest.raises(ConfigError, match=r"hint_probability must lie in \[0, 1\], got -0.1"):
+        WalkCorpus(tokenizer, 1, hint_probability=-0.1)
 
 
 def test_a_tokenizer_that_joins_numbers_is_refused():

@@ -33,7 +33,7 @@ KNOWN_FROM_THE_CONFIG: dict[str, list[tuple[str, ...]]] = {
     "experiment=nope": [("experiment=nope: no such option", "choose from", "walk_gkd")],
     "methd=gkd": [("methd: unknown key", "did you mean method?")],
     "model/studnt=walk": [("model/studnt: unknown key", "did you mean model/student?")],
-    "method.name=foo": [("method.name='foo': unknown method", "known here: gkd, reverse_kl, sft")],
+    "method.name=foo": [("method.name='foo': unknown method", "known here: adpa, dckd, dpo, gkd, gold, minillm, opsd, reverse_kl, sft")],
     # How an override is written
     "train.max_steps=[1": [("train.max_steps=[1: not an override", "write key=value")],
     "train.max_steps": [("train.max_steps: not an override", "write key=value")],
@@ -50,7 +50,7 @@ KNOWN_FROM_THE_CONFIG: dict[str, list[tuple[str, ...]]] = {
     "train=5": [("train=5: must be a valid dictionary",)],
     "train.optimizer=lion": [("train.optimizer='lion': must be 'adamw', 'rmsprop' or 'sgd'",)],
     "hardware.device=tpu": [("hardware.device='tpu': must be 'cpu', 'cuda' or 'mps'",)],
-    "mode=trian": [("mode='trian': must be 'train', 'check', 'plan' or 'eval'",)],
+    "mode=trian": [("mode='trian': must be 'train', 'check', 'plan', 'eval', 'responses' or 'scores'",)],
     "run.name=": [("run.name='': must have at least 1 character",)],
     "train.adam_betas=[0.9]": [("train.adam_betas.1: missing", "set it")],
     "model.student.lora={r:8,alpha:8,dropout:0.0}": [("model.student.lora.targets: missing", "set it")],
@@ -88,8 +88,8 @@ KNOWN_FROM_THE_CONFIG: dict[str, list[tuple[str, ...]]] = {
     ],
     "method=sft rollout.group_size=2": [("rollout.group_size=2: method=sft", "samples nothing", "set it to 1")],
     "model.teacher.top_k=4 method.kd_temperature=2": [("model.teacher.top_k=4:", "whole distribution", "null")],
-    "mode=check": [("mode=check: not built yet", "use mode=train or mode=eval")],
-    "mode=plan": [("mode=plan: not built yet", "use mode=train or mode=eval")],
+    "mode=check": [("mode=check: not built yet", "use train, eval, responses or scores")],
+    "mode=plan": [("mode=plan: not built yet", "use train, eval, responses or scores")],
     "hardware.nodes=2": [("hardware.nodes=2: several nodes are not built yet", "set it to 1")],
     # The run's folder
     "run.dir=": [("run.dir='': must have at least 1 character",)],

@@ -82,7 +82,7 @@ def test_a_model_folder_and_a_file_are_enough_for_a_run(tmp_path, family, suffix
     result = check_run(tmp_path / "run")
     assert {"forward_kl", "reverse_kl"} <= result["after"].keys()
     # Held-out completions are scored whether or not the method learns from completions.
-    assert ("loss" in result["after"]) == (suffix != ".txt")
+    assert ("nll" in result["after"]) == (suffix != ".txt")
     assert (tmp_path / "run" / "checkpoint-1" / "model.safetensors").is_file()
 
 
@@ -99,7 +99,7 @@ def test_fine_tuning_needs_no_teacher_and_no_template(tmp_path):
     student, rows = build_model(tmp_path / "student", "gpt2"), write_rows(tmp_path / "rows.csv")
     assert call(*file_run(tmp_path / "run", rows, student, None, "method=sft", "train.batch_size=4")).code == 0
     result = check_run(tmp_path / "run")
-    assert "loss" in result["after"]
+    assert "nll" in result["after"]
     assert "reverse_kl" not in result["after"]
 
 
@@ -145,7 +145,7 @@ def test_columns_of_other_names_are_read_by_data_columns(tmp_path, student, teac
     rows.write_text("".join(json.dumps({"question": f"{n}?", "answer": str(n)}) + "\n" for n in range(20)))
     names = ["data.columns.prompt=question", "data.columns.completion=answer"]
     assert call(*file_run(tmp_path / "run", rows, student, teacher, *names)).code == 0
-    assert "loss" in check_run(tmp_path / "run")["after"]
+    assert "nll" in check_run(tmp_path / "run")["after"]
 
 
 def test_rows_that_are_dropped_or_cut_are_counted(tmp_path, student, teacher):

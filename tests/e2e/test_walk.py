@@ -57,7 +57,7 @@ def test_the_mini_job_trains_both_models_and_measures_the_student(first, artifac
     assert "walk student" in answer.stderr
     assert "walk teacher" in answer.stderr
     assert len(kept(artifacts, "student")) == len(kept(artifacts, "teacher")) == 1
-    wanted = {"success_greedy", "success_sampled", "optimal_greedy", "forward_kl", "reverse_kl", "loss"}
+    wanted = {"success_greedy", "success_sampled", "optimal_greedy", "forward_kl", "reverse_kl", "nll"}
     assert wanted <= result["after"].keys()
     assert any("recovery" in name for name in result["after"])
     assert result["steps"] == 5
@@ -71,7 +71,8 @@ def test_kept_models_are_reused_and_the_same_run_gives_the_same_numbers(first, w
     assert "is trained once" not in answer.stdout
     assert "walk student" not in answer.stderr
     assert kept(artifacts, "student") | kept(artifacts, "teacher") == before
-    assert result["before"] == first[1]["before"]
+    # A method that learns from the data alone is also measured by its own loss.
+    assert first[1]["before"].items() <= result["before"].items()
     assert (result["after"] == first[1]["after"]) == (method == "gkd")
 
 

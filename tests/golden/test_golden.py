@@ -15,6 +15,7 @@ from evaluate import covered, evaluate
 
 FOLDER = Path(os.environ.get("OPD_GOLDEN_DIR") or Path(__file__).parent / "data")
 CASES = json.loads((FOLDER / "MANIFEST.json").read_text())
+CASES = [case for case in CASES if case["method"] != "opsd_builder"]  # files, not arrays: test_builder.py
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
@@ -33,4 +34,7 @@ def test_a_method_reproduces_the_reference(case, dtype):
     rtol, atol = ("rtol", "atol") if dtype == "float64" else ("fp32_rtol", "fp32_atol")
     for name, value in outputs.items():
         assert value.shape == arrays[name].shape, name
+        if arrays[name].dtype.kind == "U":
+            assert value == arrays[name]
+            continue
         np.testing.assert_allclose(value, arrays[name], rtol=case[rtol], atol=case[atol], err_msg=name)

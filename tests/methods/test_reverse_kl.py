@@ -182,6 +182,17 @@ def test_the_windows_metrics_are_means_over_the_loss_tokens(tables):
     )
 
 
+def test_what_the_sampler_and_the_trainer_make_of_a_token_is_compared_where_both_are_known(tables):
+    """E over the sampler's tokens of log sampler - log student: their KL, which a sampler at temperature 1 has not."""
+    student, old, teacher = tables
+    own, sampler = token_logprobs(student.detach()), token_logprobs(old)
+    sequences = [make_sequence(number, own, token_logprobs(teacher)) for number in range(9)]
+    for number, sequence in enumerate(sequences):
+        sequence.token_scores["sampler_logprobs"] = sampler[number]
+    metrics = make_method().window(sequences, lambda tensor: tensor)
+    assert metrics["sampler_trainer_kl"] == pytest.approx(float((sampler - own)[:9].mean()), rel=1e-9)
+
+
 def test_a_shorter_sequence_keeps_its_own_number_of_advantages(tables):
     """Rows of a window are padded to the longest; what comes back is one number a loss token."""
     student, _, teacher = tables

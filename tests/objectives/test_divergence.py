@@ -13,6 +13,7 @@ from opd.objectives import (
     divergence_loss,
     generalized_jsd,
     negative_log_likelihood,
+    sampled_token_loss,
     sum_over_tokens,
     top_k_scores,
 )
@@ -331,3 +332,188 @@ def test_sparse_scores_refuse_a_temperature():
     scores = top_k_scores(Dense(torch.zeros(1, 7), Head(None)), 3)
     with pytest.raises(ValueError, match="temperature 1"):
         divergence_loss(scores, beta=0.5, temperature=2.0)
+
+
+def naive_terms(student, teacher, beta):
+    """What each id adds to the definition, in probabilities."""
+    s, t = student.softmax(1), teacher.softmax(1)
+    if beta in (0, 1):
+        p, q = (t, s) if beta == 0 else (s, t)
+        return p * (p / q).log()
+    m = beta * t + (1 - beta) * s
+    return beta * t * (t / m).log() + (1 - beta) * s * (s / m).log()
+
+
+def restricted(student, teacher, beta, temperature=1.0, **options):
+    return generalized_jsd(student, teacher, beta=beta, temperature=temperature, **options)[0]
+
+
+clips = st.sampled_from([0.001, 0.05, 0.2, 1.0])
+
+
+@settings(deadline=None, max_examples=60)
+@given(logit_pairs(max_scale=4.0), betas, temperatures, clips)
+def test_a_clip_bounds_what_each_id_adds_before_the_sum_and_stops_its_gradient(pair, beta, temperature, clip):
+    student, teacher = pair
+
+    def clipped(leaf):
+        terms = naive_terms(leaf / temperature, teacher / temperature, beta)
+        return torch.where(terms > clip, clip, terms).sum(1)
+
+    actual = value_and_grad(lambda leaf: restricted(leaf, teacher, beta, temperature, token_clip=clip), student)
+    torch.testing.assert_close(actual, value_and_grad(clipped, student), rtol=1e-8, atol=1e-10)
+
+
+def test_a_clipped_id_pulls_no_more_but_its_negative_counterparts_still_count():
+    # T = (3/4, 1/4), S = (1/4, 3/4): the first id adds 3/4 log 3 to KL(T, S), the second -1/4 log 3.
+    student = torch.tensor([[1.0, 3.0]], dtype=torch.float64).log()
+    teacher = torch.tensor([[3.0, 1.0]], dtype=torch.float64).log()
+    value, grad = value_and_grad(lambda leaf: restricted(leaf, teacher, 0.0, token_clip=0.1), student)
+    torch.testing.assert_close(value, torch.tensor([0.1 - math.log(3) / 4], dtype=torch.float64), **TOLERANCE)
+    # What is left is -1/4 log S_2, with gradient -1/4 (1[v = 2] - S).
+    torch.testing.assert_close(grad, torch.tensor([[1 / 16, -1 / 16]]).double(), **TOLERANCE)
+
+
+@settings(deadline=None, max_examples=40)
+@given(logit_pairs(), betas, temperatures)
+def test_an_infinite_clip_is_no_clip(pair, beta, temperature):
+    student, teacher = pair
+    unbounded = value_and_grad(lambda leaf: restricted(leaf, teacher, beta, temperature, token_clip=math.inf), student)
+    plain = value_and_grad(lambda leaf: jsd(leaf, teacher, beta, temperature), student)
+    torch.testing.assert_close(unbounded, plain, rtol=1e-9, atol=1e-11)
+
+
+@settings(deadline=None, max_examples=40)
+@given(logit_pairs(), betas, temperatures, st.integers(0, 3))
+def test_the_whole_vocabulary_as_top_k_is_no_top_k(pair, beta, temperature, more):
+    student, teacher = pair
+    k = student.shape[1] + more
+    kept = value_and_grad(lambda leaf: restricted(leaf, teacher, beta, temperature, top_k=k), student)
+    plain = value_and_grad(lambda leaf: jsd(leaf, teacher, beta, temperature), student)
+    torch.testing.assert_close(kept, plain, **TOLERANCE)
+
+
+@settings(deadline=None, max_examples=40)
+@given(logit_pairs(max_scale=4.0), betas, temperatures, st.integers(1, 17), st.none() | clips)
+def test_top_k_compares_both_models_renormalised_to_the_teachers_likeliest_ids(pair, beta, temperature, k, clip):
+    student, teacher = pair
+    ids = teacher.topk(min(k, teacher.shape[1]), dim=1).indices
+
+    def expected(leaf):
+        # Renormalised probabilities: divided by their sum over the kept ids.
+        kept = [(logits / temperature).softmax(1).gather(1, ids) for logits in (leaf, teacher)]
+        terms = naive_terms(*[(p / p.sum(1, keepdim=True)).log() for p in kept], beta)
+        return terms.clamp(max=clip if clip is not None else math.inf).sum(1)
+
+    actual = value_and_grad(
+        lambda leaf: restricted(leaf, teacher, beta, temperature, top_k=k, token_clip=clip), student
+    )
+    torch.testing.assert_close(actual, value_and_grad(expected, student), rtol=1e-8, atol=1e-10)
+
+
+options = st.fixed_dictionaries({"token_clip": st.none() | clips, "top_k": st.none() | st.integers(1, 17)})
+
+
+@settings(deadline=None, max_examples=40)
+@given(logit_pairs(), betas, options, st.floats(-100, 100), st.floats(0.3, 3.0))
+def test_clip_and_top_k_keep_the_identities_of_a_softmax_loss(pair, beta, options, shift, temperature):
+    """Its gradient sums to zero, a shift of a row changes nothing, and τ is the same as divided logits."""
+    student, teacher = pair
+    plain = value_and_grad(lambda leaf: restricted(leaf, teacher, beta, temperature, **options), student)
+    shifted = value_and_grad(lambda leaf: restricted(leaf, teacher, beta, temperature, **options), student + shift)
+    torch.testing.assert_close(plain[1].sum(1), torch.zeros(len(student)).double(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(shifted, plain, rtol=1e-9, atol=1e-11)
+    value, grad = value_and_grad(
+        lambda leaf: restricted(leaf, teacher / temperature, beta, **options), student / temperature
+    )
+    torch.testing.assert_close((value, grad / temperature), plain, rtol=1e-9, atol=1e-11)
+
+
+@settings(deadline=None, max_examples=40)
+@given(logit_pairs(), betas, options, temperatures)
+def test_clip_and_top_k_leave_equal_models_alone(pair, beta, options, temperature):
+    student, _ = pair
+    value, grad = value_and_grad(lambda leaf: restricted(leaf, student, beta, temperature, **options), student)
+    torch.testing.assert_close(value, torch.zeros_like(value), rtol=0, atol=1e-13)
+    torch.testing.assert_close(grad, torch.zeros_like(grad), rtol=0, atol=1e-13)
+
+
+@settings(deadline=None, max_examples=40)
+@given(logit_pairs(max_scale=3.0), betas, options, temperatures)
+def test_clip_and_top_k_leave_the_metrics_to_the_whole_vocabulary(pair, beta, options, temperature):
+    student, teacher = pair
+    _, plain = generalized_jsd(student, teacher, beta=beta, temperature=temperature)
+    _, metrics = generalized_jsd(student, teacher, beta=beta, temperature=temperature, **options)
+    clipped = metrics.pop("clip_fraction", None)
+    torch.testing.assert_close(metrics, plain, **TOLERANCE)
+    assert (clipped is None) == (options["token_clip"] is None)
+
+
+def test_clip_fraction_counts_the_tokens_at_which_an_id_was_bounded():
+    teacher = torch.tensor([[0.9, 0.1], [0.5, 0.5], [0.6, 0.4]], dtype=torch.float64).log()
+    student = torch.full((3, 2), 0.5, dtype=torch.float64).log()
+    # The largest terms of KL(T, S) are 0.9 log 1.8 = 0.53, 0 and 0.6 log 1.2 = 0.11.
+    _, metrics = generalized_jsd(student, teacher, beta=0.0, token_clip=0.2)
+    assert metrics["clip_fraction"].tolist() == [1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("options", [{"token_clip": 0.05}, {"top_k": 2}, {"token_clip": 0.05, "top_k": 2}], ids=str)
+def test_clipped_and_restricted_losses_of_extreme_and_impossible_ids_are_finite(beta, dtype, options):
+    impossible = -math.inf
+    student = torch.tensor([[50.0, -50.0, 0.0, impossible], [-50.0, 50.0, 50.0, impossible]], dtype=dtype)
+    teacher = torch.tensor([[-50.0, 50.0, 0.0, impossible], [50.0, -50.0, -50.0, impossible]], dtype=dtype)
+    value, grad = value_and_grad(lambda leaf: restricted(leaf, teacher, beta, **options), student)
+    assert torch.isfinite(value).all()
+    assert torch.isfinite(grad).all()
+    assert (grad[:, 3] == 0).all()
+
+
+def test_agreement_says_where_both_find_the_same_id_likeliest():
+    student = torch.tensor([[1.0, 2.0, 0.0], [3.0, 2.0, 0.0], [0.0, 0.0, 1.0]])
+    teacher = torch.tensor([[0.0, 9.0, 0.0], [0.0, 9.0, 0.0], [1.0, 1.0, 1.5]])
+    loss = divergence_loss(Dense(teacher, Head(None)), beta=0.5, agreement=True)
+    metrics = sum_over_tokens(Dense(student, Head(None)), loss).metrics
+    assert metrics["teacher_student_agreement"].tolist() == [1.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize("options", [{"token_clip": 0.1}, {"top_k": 2}, {"agreement": True}], ids=str)
+def test_sparse_scores_refuse_what_reads_the_whole_distribution(options):
+    scores = top_k_scores(Dense(torch.zeros(1, 7), Head(None)), 3)
+    with pytest.raises(ValueError, match="sparse"):
+        divergence_loss(scores, beta=0.5, **options)
+
+
+@settings(deadline=None, max_examples=40)
+@given(logit_pairs(max_scale=3.0), temperatures)
+def test_the_sampled_token_loss_descends_the_reverse_kl_in_expectation(pair, temperature):
+    """The expectation over the student's own tokens is formed exactly, id by id."""
+    student, teacher = pair
+    probabilities = (student / temperature).softmax(1)
+
+    def expected(leaf):
+        total = leaf.new_zeros(len(leaf))
+        for token in range(leaf.shape[1]):
+            targets = torch.full((len(leaf),), token)
+            loss = sampled_token_loss(Dense(teacher, Head(None)), targets, temperature=temperature)
+            value, _ = loss(leaf, slice(None))
+            total = total + probabilities[:, token] * value
+        return total
+
+    _, grad = value_and_grad(expected, student)
+    _, reverse = value_and_grad(lambda leaf: jsd(leaf, teacher, 1.0, temperature), student)
+    torch.testing.assert_close(grad, reverse, **TOLERANCE)
+
+
+def test_the_sampled_token_loss_has_the_value_and_metrics_it_states():
+    student = torch.tensor([[1.0, 3.0]], dtype=torch.float64).log()
+    teacher = torch.tensor([[3.0, 1.0]], dtype=torch.float64).log()
+    loss = sampled_token_loss(Dense(teacher, Head(None)), torch.tensor([0]))
+    value, metrics = loss(student, slice(None))
+    # A = log(3/4) - log(1/4) = log 3, so that -A log S = log 3 · log 4.
+    assert value.item() == pytest.approx(math.log(3) * math.log(4), rel=1e-12)
+    divergence = math.log(3) / 2  # both ways: (3/4 - 1/4) log 3
+    assert metrics["forward_kl"].item() == pytest.approx(divergence, rel=1e-12)
+    assert metrics["reverse_kl"].item() == pytest.approx(divergence, rel=1e-12)
+    assert metrics["teacher_student_agreement"].item() == 0.0

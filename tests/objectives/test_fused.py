@@ -16,6 +16,7 @@ from opd.objectives import (
     policy_gradient_loss,
     sum_over_tokens,
     token_logprobs,
+    token_values,
 )
 from opd.protocols import Dense, Head
 
@@ -200,6 +201,42 @@ def test_token_logprobs_are_those_of_the_full_logits(tile_bytes):
     torch.testing.assert_close(logprobs, expected.detach(), **TOLERANCE)
 
 
+@pytest.mark.parametrize("loss", ["likelihood", "divergence", "policy gradient"])
+@pytest.mark.parametrize("head", HEADS)
+def test_a_function_of_the_tokens_values_has_the_gradient_of_the_full_logits(head, loss, tile_bytes):
+    student, leaves = make_student(**HEADS[head])
+    token_loss, definition = make_losses(student.head.vocab_size or VOCAB)[loss]
+    values, _ = token_values(student, token_loss)
+    expected = definition(full_logits(student))
+    torch.testing.assert_close(values, expected, **TOLERANCE)
+
+    def of(values):  # not linear in them, as the loss of a pair is not
+        return torch.nn.functional.softplus(values[::2].sum() - values[1::2].sum()) + values.square().sum()
+
+    gradients = (torch.autograd.grad(of(column), leaves) for column in (values, expected))
+    torch.testing.assert_close(*gradients, **TOLERANCE)
+
+
+def test_log_probabilities_at_a_temperature_are_those_of_divided_logits(tile_bytes):
+    student, leaves = make_student(**HEADS["all at once"])
+    targets = torch.randint(19, (TOKENS,), generator=torch.Generator().manual_seed(2))
+    logprobs = token_logprobs(student, targets, temperature=1.7)
+    expected = (full_logits(student) / 1.7).log_softmax(1)[torch.arange(TOKENS), targets]
+    torch.testing.assert_close(logprobs, expected, **TOLERANCE)
+    gradients = (torch.autograd.grad(column.sum(), leaves) for column in (logprobs, expected))
+    torch.testing.assert_close(*gradients, **TOLERANCE)
+
+
+def test_token_values_keep_no_logits_until_the_backward_pass(monkeypatch):
+    """Saved for it are hidden states, head and bias; what else is as large as the logits is gone by then."""
+    monkeypatch.setattr(fused, "_TILE_BYTES", {"cpu": 1})
+    student, _ = make_student(bias=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.numel()) or tensor, lambda t: t):
+        token_values(student, make_losses(VOCAB)["likelihood"][0])
+    assert sorted(saved) == sorted([TOKENS * HIDDEN, VOCAB * HIDDEN, VOCAB])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_no_tokens_have_log_probabilities_of_the_same_dtype(dtype):
     student, _ = make_student(dtype)
@@ -281,3 +318,12 @@ def test_tiles_cover_every_token_once(tokens, monkeypatch):
     monkeypatch.setattr(fused, "_TILE_BYTES", {"cpu": 1})
     covered = [n for rows in fused.tiles(Dense(torch.zeros(tokens, 3), Head(None))) for n in range(tokens)[rows]]
     assert covered == list(range(tokens))
+
+
+@pytest.mark.parametrize("cuts", [[], [5], [40, 45], list(range(50)), [1, 2, 33, 34]])
+def test_a_tile_begins_only_where_it_may(cuts, monkeypatch):
+    monkeypatch.setattr(fused, "_TILE_BYTES", {"cpu": 1})
+    tiles = list(fused.tiles(Dense(torch.zeros(50, 3), Head(None)), cuts))
+    assert [n for rows in tiles for n in range(50)[rows]] == list(range(50))
+    assert all(rows.start in (0, *cuts) for rows in tiles)
+    assert all(rows.start < rows.stop for rows in tiles)

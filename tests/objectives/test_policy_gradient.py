@@ -12,11 +12,16 @@ from hypothesis import strategies as st
 from opd.objectives import (
     center_advantages,
     discounted_future_sum,
+    discounted_returns,
+    log_ratio_rewards,
     mean_and_std,
+    minillm_advantages,
     pad_rows,
     policy_gradient_loss,
     reverse_kl_advantages,
     sum_over_tokens,
+    weighted_sum,
+    whiten,
 )
 from opd.protocols import Dense, Head
 
@@ -49,8 +54,8 @@ def make_loss_inputs(tokens=12, spread=0.5):
     return logits, targets, advantages, old
 
 
-def summed(logits, targets, advantages, old, clip=None):
-    loss = policy_gradient_loss(targets, advantages, old_logprobs=old, clip_epsilon=clip)
+def summed(logits, targets, advantages, old, clip=None, temperature=1.0):
+    loss = policy_gradient_loss(targets, advantages, old_logprobs=old, clip_epsilon=clip, temperature=temperature)
     return sum_over_tokens(Dense(logits, Head(None)), loss)
 
 
@@ -108,6 +113,82 @@ def test_a_masked_token_inside_a_row_counts_nothing_but_takes_up_time(discount):
     mask = torch.tensor([[1.0, 0.0, 1.0]])
     advantages = reverse_kl_advantages(gaps, 0 * gaps, mask, kl_coef=1.0, kl_discount=discount)
     torch.testing.assert_close(advantages, torch.tensor([[-1 - 3 * discount**2, 0.0, -3.0]]))
+
+
+def test_a_long_sum_of_parts_that_cancel_keeps_float32s_digits():
+    values = torch.randn(2, 4000, generator=torch.Generator().manual_seed(3))
+    exact = values.double().flip(1).cumsum(1).flip(1)
+    torch.testing.assert_close(discounted_future_sum(values, 1.0).double(), exact, rtol=2e-7, atol=0)
+
+
+@settings(deadline=None, max_examples=40)
+@given(batches(), st.floats(-3, 3), st.floats(0, 1))
+def test_a_constant_reward_is_its_own_length_normalised_return(batch, reward, discount):
+    _, _, mask = batch
+    returns = discounted_returns(reward * mask, mask, discount=discount, normalizer_discount=discount)
+    torch.testing.assert_close(returns * mask, reward * mask, **TOLERANCE)
+
+
+@settings(deadline=None, max_examples=40)
+@given(batches(), st.floats(-3, 3))
+def test_undiscounted_returns_of_a_constant_reward_count_the_tokens_that_are_left(batch, reward):
+    _, _, mask = batch
+    returns = discounted_returns(reward * mask, mask, discount=1.0, normalizer_discount=None)
+    torch.testing.assert_close(returns * mask, reward * mask.flip(1).cumsum(1).flip(1) * mask, **TOLERANCE)
+
+
+@settings(deadline=None, max_examples=40)
+@given(batches(), discounts, st.booleans(), st.sampled_from(["trl", "paper", "lmops"]))
+def test_minillms_advantages_are_their_definitions_written_out(batch, discount, normalize, mode):
+    rewards, _, mask = batch
+    actual = minillm_advantages(rewards, mask, discount=discount, length_normalization=normalize, mode=mode)
+    for row, length in enumerate(mask.sum(1).int().tolist()):
+        for step in range(mask.shape[1]):
+            first = step + (mode == "paper")
+            powers = [discount**k for k in range(max(length - first, 0))] if step < length else []
+            total = sum(power * float(rewards[row, first + k]) for k, power in enumerate(powers))
+            weight = {"lmops": len(powers)}.get(mode, sum(powers)) if normalize else 1
+            assert float(actual[row, step]) == pytest.approx(total / weight if powers else 0.0, rel=1e-9, abs=1e-12)
+
+
+@settings(deadline=None, max_examples=40)
+@given(batches(), discounts, st.sampled_from(["trl", "paper", "lmops"]))
+def test_minillms_advantages_do_not_depend_on_what_is_behind_a_completion(batch, discount, mode):
+    rewards, _, mask = batch
+    plain = minillm_advantages(rewards * mask, mask, discount=discount, length_normalization=True, mode=mode)
+    padded = [torch.nn.functional.pad(tensor, (0, 4)) for tensor in (torch.where(mask.bool(), rewards, 123.0), mask)]
+    wider = minillm_advantages(*padded, discount=discount, length_normalization=True, mode=mode)
+    torch.testing.assert_close(wider[:, :-4], plain, **TOLERANCE)
+    assert (wider[:, -4:] == 0).all()
+
+
+def test_rewards_are_scaled_first_and_clipped_then():
+    teacher = torch.tensor([[-1.0, -9.0, -2.0, -2.0]])
+    student = torch.tensor([[-3.0, -1.0, -2.5, -9.0]])
+    rewards = log_ratio_rewards(student, teacher, torch.tensor([[1.0, 1.0, 1.0, 0.0]]), scaling=0.5, clip=3.0)
+    assert rewards.tolist() == [[3.0, -3.0, 1.0, 0.0]]
+
+
+@settings(deadline=None, max_examples=40)
+@given(batches().filter(lambda batch: float(batch[2].sum()) > 1))
+def test_whitened_values_have_mean_zero_and_deviation_one_over_the_loss_tokens(batch):
+    values, _, mask = batch
+    whitened = whiten(values, mask)
+    tokens, wanted = whitened[mask == 1], values[mask == 1]
+    assert (whitened[mask == 0] == 0).all()
+    expected = (wanted - wanted.mean()) / (wanted.var() + 1e-8).sqrt()
+    torch.testing.assert_close(tokens, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_whitening_is_over_all_ranks():
+    """Two ranks that hold the halves of a batch find what one finds that holds it all."""
+    values = torch.randn(4, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    mask = torch.ones_like(values)
+    mask[0, 3:] = 0
+    other = values[2:] * mask[2:]
+    others = {3: torch.stack([other.sum(), other.square().sum(), mask[2:].sum()]), 1: mask[2:].sum()}
+    first = whiten(values[:2], mask[:2], lambda tensor: tensor + others[tensor.numel()])
+    torch.testing.assert_close(first, whiten(values, mask)[:2], **TOLERANCE)
 
 
 @settings(deadline=None, max_examples=40)
@@ -220,3 +301,35 @@ def test_an_impossible_token_leaves_loss_gradient_and_entropy_finite():
     (grad,) = torch.autograd.grad(actual.loss, wide)
     torch.testing.assert_close(grad[:, :-1], torch.autograd.grad(expected.loss, logits)[0], **TOLERANCE)
     assert (grad[:, -1] == 0).all()
+
+
+@pytest.mark.parametrize("clip", [None, 0.2])
+def test_a_temperature_is_a_division_of_the_logits(clip):
+    logits, targets, advantages, old = make_loss_inputs()
+    hot = summed(logits, targets, advantages, old, clip, temperature=2.0)
+    divided = summed(logits / 2, targets, advantages, old, clip)
+    torch.testing.assert_close(hot.values, divided.values, **TOLERANCE)
+    torch.testing.assert_close(hot.metrics, divided.metrics, **TOLERANCE)
+    torch.testing.assert_close(
+        torch.autograd.grad(hot.loss, logits), torch.autograd.grad(divided.loss, logits), **TOLERANCE
+    )
+
+
+def test_a_weighted_sum_has_the_weighted_value_and_gradient_and_tells_its_parts():
+    logits, targets, advantages, old = make_loss_inputs()
+    parts = [
+        policy_gradient_loss(targets, advantages, old_logprobs=old),
+        policy_gradient_loss(targets, advantages.flip(0), old_logprobs=None),
+    ]
+    alone = [sum_over_tokens(Dense(logits, Head(None)), part) for part in parts]
+    loss = weighted_sum({"first": (0.3, parts[0]), "second": (2.0, parts[1])})
+    together = sum_over_tokens(Dense(logits, Head(None)), loss)
+    torch.testing.assert_close(together.values, 0.3 * alone[0].values + 2.0 * alone[1].values, **TOLERANCE)
+    torch.testing.assert_close(
+        torch.autograd.grad(together.loss, logits),
+        torch.autograd.grad(0.3 * alone[0].loss + 2.0 * alone[1].loss, logits),
+        **TOLERANCE,
+    )
+    assert torch.equal(together.metrics["first"], alone[0].values)
+    assert torch.equal(together.metrics["second"], alone[1].values)
+    assert "ratio_mean" in together.metrics

@@ -1,0 +1,265 @@
+"""From a config to what it names: tokenizers and data first, so that bad input is refused before a weight is loaded."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opd import distributed
+from opd.config import Config, Model
+from opd.data import DataSet, check_lengths, load_data
+from opd.errors import ConfigError
+from opd.methods import METHODS
+from opd.models import (
+    Vocabulary,
+    add_lora,
+    causal_lm,
+    check_head,
+    check_packing,
+    disable_dropout,
+    freeze,
+    load_model,
+    load_student,
+    load_tokenizer,
+    read_shape,
+    shared_vocabulary,
+    stop_ids,
+)
+from opd.objectives.alignment import alignment_coverage
+from opd.protocols import Method, Needs, TokenSequence
+from opd.sources import Sampling, SequenceSource
+from opd.sources.text_views import TextViews
+from opd.teachers import CachedTeacher, LocalTeacher, SelfTeacher, Teacher
+
+log = logging.getLogger("opd")
+_COVERED_ROWS = 256
+
+
+@dataclass
+class Texts:
+    """What is known before a weight is loaded: tokenizers, what both models can score, and the rows."""
+
+    tokenizer: Any
+    vocabulary: Vocabulary
+    data: DataSet
+    teacher_vocabulary: Vocabulary  # the student's, unless the teacher has another tokenizer
+    text_views: TextViews | None = None
+    coverage: dict[str, float] = field(default_factory=dict)  # how the data's text falls into both models' tokens
+    scores: dict[str, CachedTeacher] = field(default_factory=dict)  # teachers that are kept scores, by name
+
+
+@dataclass
+class Folders:
+    """The teachers' folders of a run, by the key that names each."""
+
+    models: dict[str, str] = field(default_factory=dict)
+    scores: dict[str, str] = field(default_factory=dict)
+
+
+def teacher_folders(config: Config, needs: Needs) -> Folders:
+    """Every folder that the method's teachers come from. model.teacher also counts where evaluation measures by it."""
+    found, asked = Folders(), needs.asked(config.mode).values()
+    for need in asked:
+        if need.is_student or need.model == "teacher":
+            continue
+        path = str(config.at(need.model))
+        (found.scores if (Path(path) / "scores.json").is_file() else found.models)[need.model] = path
+    wanted = any(need.model == "teacher" for need in asked)
+    evaluates = config.mode in ("train", "eval") and config.evaluation.divergence
+    measured = evaluates and not found.models and not found.scores
+    if config.model.teacher.path is not None and (wanted or measured):
+        found.models["model.teacher.path"] = config.model.teacher.path
+    return found
+
+
+def load_texts(config: Config, method: Method) -> Texts:
+    """Tokenizers and rows. Refuses teachers that cannot read what the student writes."""
+    student, folders = config.model.student, teacher_folders(config, method.needs)
+    assert student.path is not None
+    tokenizer = load_tokenizer(student, student.path, "model.student.path")
+    shapes = {"model.student.path": read_shape(student, student.path, "model.student.path")}
+    stops = stop_ids(tokenizer, student.path, student)
+    others = {key: load_tokenizer(config.model.teacher, path, key) for key, path in folders.models.items()}
+    shapes |= {key: read_shape(config.model.teacher, path, key) for key, path in folders.models.items()}
+    teacher = others.get("model.teacher.path")
+    method.prepare(tokenizer, teacher)
+    needs = method.needs
+    if needs.alignment is not None and teacher is not None:
+        mine, theirs = shapes["model.student.path"], shapes["model.teacher.path"]
+        vocabulary = shared_vocabulary(tokenizer, {}, [mine.vocab_size], stops)
+        path = folders.models["model.teacher.path"]
+        teacher_stops = stop_ids(teacher, path, config.model.teacher)
+        teacher_vocabulary = shared_vocabulary(teacher, {}, [theirs.vocab_size], teacher_stops, "model.teacher.path")
+        text_views = TextViews(
+            tokenizer,
+            teacher,
+            vocabulary.stop_ids,
+            int(teacher.eos_token_id),  # type: ignore[arg-type]  shared_vocabulary has seen that there is one
+            needs.alignment.extended,
+            needs.alignment.skip_student_eos,
+            needs.alignment.skip_teacher_eos,
+        )
+        reader = teacher
+    else:
+        text_views, reader = None, None
+        vocabulary = shared_vocabulary(tokenizer, others, [shape.vocab_size for shape in shapes.values()], stops)
+        teacher_vocabulary = vocabulary
+        for key, other in others.items():
+            _warn_of_other_end(tokenizer, other, vocabulary, f"{key}={folders.models[key]}")
+    data = load_data(config, tokenizer, needs, vocabulary.stop_ids, teacher_tokenizer=reader)
+    check_lengths(config, data, needs, {key: shape.max_positions for key, shape in shapes.items()})
+    coverage = {}
+    if reader is not None and needs.alignment is not None and needs.alignment.extended:
+        coverage = alignment_coverage(_some_texts(data, tokenizer), tokenizer, reader)
+    scores = _kept_scores(config, method, vocabulary, data)
+    return Texts(tokenizer, vocabulary, data, teacher_vocabulary, text_views, coverage, scores)
+
+
+def _kept_scores(config: Config, method: Method, vocabulary: Vocabulary, data: DataSet) -> dict[str, CachedTeacher]:
+    """The teachers that are kept scores. Refuses those of other sequences than the rows', or of another k."""
+    folders = teacher_folders(config, method.needs).scores
+    needs = {name: need for name, need in method.needs.teachers.items() if need.model in folders}
+    if not needs:
+        return {}
+    found = {}
+    for name, need in needs.items():
+        setting = f"{need.model}={folders[need.model]}"
+        teacher = CachedTeacher(Path(folders[need.model]), name, device=device_of(config), key=need.model)
+        if teacher.top_k != config.at("method.top_k"):
+            problem = f"method.top_k={config.at('method.top_k')}: {setting} holds the {teacher.top_k} likeliest ids"
+            raise ConfigError(f"{problem}; set it to {teacher.top_k}, or make them again with mode=scores")
+        found[name] = teacher
+    sequences = all_sequences(method, data, make_source(config, method, vocabulary, student=None))
+    for name, need in needs.items():
+        found[name].check([s for s in sequences if need.kinds is None or s.kind in need.kinds])
+    return found
+
+
+def all_sequences(method: Method, data: DataSet, source: SequenceSource) -> list[TokenSequence]:
+    """Of every row in the data's order, however it is split; held-out ones where they have all that is compared."""
+    wanted = {"rejected", "response"} & set(method.needs.sequences)
+    held_out = [row for row in data.evaluation if row.completion_ids and wanted <= row.alternatives.keys()]
+    rows = sorted([*(data.train[i] for i in range(len(data.train))), *held_out], key=lambda row: row.row)
+    return source.sequences([(row.row, row) for row in rows])[0]
+
+
+def _some_texts(data: DataSet, tokenizer: Any) -> list[str]:
+    """Completions of the first rows, or what stands for them where the data has none."""
+    rows = [data.train[i] for i in range(min(len(data.train), _COVERED_ROWS))]
+    return [str(tokenizer.decode(row.completion_ids or row.prompt_ids, skip_special_tokens=True)) for row in rows]
+
+
+def _warn_of_other_end(tokenizer: Any, teacher: Any, vocabulary: Vocabulary, setting: str) -> None:
+    if teacher.eos_token_id not in vocabulary.stop_ids:
+        log.warning(
+            "%s ends its answers with %r, the student with %s: what the teacher calls the end, the student's rollouts "
+            "go past; give both the same end token (often a base model beside an instruct model)",
+            setting,
+            teacher.eos_token,
+            tokenizer.convert_ids_to_tokens(sorted(vocabulary.stop_ids)),
+        )
+
+
+def num_steps(config: Config, data: DataSet) -> int:
+    """Optimizer steps of the whole run."""
+    prompts = max(1, round(len(data.train) * config.train.num_epochs))
+    return config.train.max_steps or -(-prompts // config.train.batch_size)
+
+
+def load_method(config: Config) -> Method:
+    """The method of the config."""
+    return METHODS[config.method.name](config.method)
+
+
+def load_trained_student(config: Config, method: Method) -> Any:
+    """The student on its device, ready to be trained."""
+    student = config.model.student
+    assert student.path is not None
+    model: Any = load_student(student, student.path, dtype=torch.float32)
+    if config.train.packing:
+        check_packing(causal_lm(model), "model.student.path")
+    if not method.needs.student_dropout:
+        disable_dropout(model)
+    if student.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    if student.lora is not None and not hasattr(model, "peft_config"):
+        torch.manual_seed(config.run.seed)
+        model = add_lora(model, student.lora)
+    return model.to(device_of(config))
+
+
+def load_teachers(config: Config, method: Method, texts: Texts, student: Any) -> dict[str, Teacher]:
+    """The method's teachers by name, and, under "model.teacher.path", the one that evaluation measures by."""
+    needs, folders = method.needs, teacher_folders(config, method.needs)
+    local: dict[str, Teacher] = {
+        key: _load_local(config, path, key, texts.teacher_vocabulary) for key, path in folders.models.items()
+    }
+    teachers: dict[str, Teacher] = {}
+    for name, need in needs.asked(config.mode).items():
+        if need.is_student:
+            teachers[name] = SelfTeacher(
+                student,
+                # What is asked before training needs no copy: the student still is what it was.
+                "current" if need.precompute else need.model,  # type: ignore[arg-type]
+                vocab_size=texts.vocabulary.size,
+                hardware=config.hardware,
+                ema_decay=need.ema_decay,
+                fresh_adapter=_is_fresh_adapter(config),
+            )
+        elif name in texts.scores:
+            teachers[name] = texts.scores[name]
+        else:
+            teachers[name] = local["model.teacher.path" if need.model == "teacher" else need.model]
+    return {**local, **teachers}
+
+
+def _load_local(config: Config, path: str, key: str, vocabulary: Vocabulary) -> LocalTeacher:
+    dtype = torch.bfloat16 if config.hardware.precision == "bf16" else torch.float32
+    settings: Model = config.model.teacher
+    model: Any = freeze(load_model(settings, path, key, dtype=dtype))
+    model.to(device_of(config))
+    check_head(model, key)
+    if config.train.packing:
+        check_packing(model, key)
+    return LocalTeacher(model, vocab_size=vocabulary.size, top_k=config.model.teacher.top_k)
+
+
+def _is_fresh_adapter(config: Config) -> bool:
+    """Whether the student without its adapter is what it was before training: not if the adapter was loaded too."""
+    path = config.model.student.path or ""
+    return config.model.student.lora is not None and not (Path(path) / "adapter_config.json").is_file()
+
+
+def make_source(
+    config: Config,
+    method: Method,
+    vocabulary: Vocabulary,
+    *,
+    student: Any,
+    teacher: Teacher | None = None,
+    text_views: TextViews | None = None,
+) -> SequenceSource:
+    """Where this run's sequences come from."""
+    rollout = config.rollout
+    return SequenceSource(
+        method,
+        student=student,
+        teacher=teacher.model if isinstance(teacher, LocalTeacher) else None,
+        sampling=Sampling(
+            rollout.max_completion_tokens, rollout.temperature, rollout.top_p, rollout.top_k, rollout.batch_size
+        ),
+        vocabulary=vocabulary,
+        group_size=rollout.group_size,
+        seed=config.run.seed,
+        text_views=text_views,
+    )
+
+
+def device_of(config: Config) -> torch.device:
+    """This rank's device."""
+    kind = config.hardware.device
+    return torch.device(kind, distributed.local_rank()) if kind == "cuda" else torch.device(kind)
