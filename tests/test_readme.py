@@ -52,14 +52,26 @@ def test_the_readme_has_commands_for_the_cpu_and_stays_short():
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_of_the_readme_runs(command, workplace):
-    words = command.replace("…", "rows.jsonl").split()[3:]
+    _, _, module, *words = command.replace("…", "rows.jsonl").split()
+    if module == "opd.compare":
+        for experiment in ("walk_gkd", "walk_sft"):  # what it compares
+            run("opd", [f"experiment={experiment}", *SMALL, *SMALL_WALK], workplace)
+    if module != "opd":
+        assert run(module, words, workplace).stdout
+        return
     if ON_GPU.search(command):
         words += ["--cfg", "job"]  # no such machine here: what it would use is composed
     elif "--cfg" not in words:
         words += SMALL if "data=file" in command else [*SMALL, *SMALL_WALK]
+    done = run(module, words, workplace)
+    if "--cfg" not in words:
+        assert "report.html" in done.stdout
+
+
+def run(module, words, workplace):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OPD_ARTIFACTS": str(workplace / "artifacts")}
     done = subprocess.run(
-        [sys.executable, "-m", "opd", *words],
+        [sys.executable, "-m", module, *words],
         cwd=workplace,
         env=environment,
         capture_output=True,
@@ -67,8 +79,7 @@ def test_a_command_of_the_readme_runs(command, workplace):
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    if "--cfg" not in words:
-        assert "report.html" in done.stdout
+    return done
 
 
 def test_every_link_and_every_path_in_the_map_exists():
@@ -92,7 +103,8 @@ def test_every_key_and_option_that_the_readme_names_composes():
         for key, value in pairs:
             value = "x" if "…" in value else value.split(",")[0]
             group, _, name = key.partition(".")
-            method = [f"method={owners[name]}"] if group == "method" and name else []
+            owner = owners.get(name) if group == "method" else "adpa" if group == "stages" else None
+            method = [f"method={owner}"] if owner else []
             compose("config", overrides=[*method, f"{key}={value}"])
     assert len(pairs) > 10
 
@@ -108,7 +120,7 @@ def test_the_method_that_the_readme_writes_out_learns(tmp_path):
 
     from opd.data.collate import lay_out
     from opd.methods.gkd import GKD
-    from opd.protocols import Batch, Dense, Head, TokenView
+    from opd.protocols import Batch, Dense, Head, TeacherNeed, TokenView
 
     source = re.search(r"```python\n(.*?)```", README, re.DOTALL)
     assert source is not None
@@ -121,4 +133,4 @@ def test_the_method_that_the_readme_writes_out_learns(tmp_path):
     student, teacher = (Dense(torch.randn(2, 7, dtype=torch.float64), Head(None)) for _ in range(2))
     ours, theirs = (m.loss(student, {"teacher": teacher}, Batch([], layout)) for m in (method, gkd))
     assert ours.terms[0].sum == theirs.terms[0].sum > 0
-    assert method.needs.teachers == {"teacher": "any"}
+    assert method.needs.teachers == {"teacher": TeacherNeed("any")}

@@ -20,8 +20,8 @@ from opd.artifacts.run_record import series
 from opd.artifacts.table import direction_of
 
 _SMOOTH_ABOVE = 50  # points; fewer are drawn as they are
-_COLOURS = ("#2563a8", "#d9772b", "#2f8f5b", "#8b5fbf", "#c2405a", "#6b7280")
-_RC: dict[Any, Any] = {
+COLOURS = ("#2563a8", "#d9772b", "#2f8f5b", "#8b5fbf", "#c2405a", "#6b7280")
+STYLE: dict[Any, Any] = {
     "font.size": 9.5,
     "axes.edgecolor": "#b8bec8",
     "axes.labelcolor": "#4a5260",
@@ -76,7 +76,7 @@ class _Panel:
 def draw_plots(metrics: list[dict[str, Any]], run_dir: Path) -> list[Plot]:
     """Draws every panel that has data into `run_dir/plots`; an empty list where nothing was logged."""
     plots = []
-    with matplotlib.rc_context(_RC):
+    with matplotlib.rc_context(STYLE):
         for panel in _panels(metrics):
             curves = [(curve, points) for curve in panel.curves if (points := series(metrics, curve.key))]
             if curves:
@@ -92,11 +92,11 @@ def smooth(values: Sequence[float], window: int) -> np.ndarray:
 
 
 def _panels(metrics: list[dict[str, Any]]) -> list[_Panel]:
-    blue, orange, green, purple, *_ = _COLOURS
+    blue, orange, green, purple, *_ = COLOURS
     logged = dict.fromkeys(key for line in metrics for key in line if isinstance(key, str))
     scores = [key for key in logged if key.startswith("eval/") and direction_of(key) == "higher"]
     score_curves = tuple(
-        Curve(key, key.removeprefix("eval/").replace("_", " "), _COLOURS[place % len(_COLOURS)], sparse=True)
+        Curve(key, key.removeprefix("eval/").replace("_", " "), COLOURS[place % len(COLOURS)], sparse=True)
         for place, key in enumerate(scores)
     )
     losses = (
@@ -150,7 +150,7 @@ def _draw(panel: _Panel, curves: list[tuple[Curve, list[tuple[int, float]]]], ru
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / f"{panel.name}.png", dpi=160)
     description = "; ".join(dict.fromkeys(notes))
-    return Plot(panel.name, panel.title, description, f"plots/{panel.name}.png", _data_uri(figure))
+    return Plot(panel.name, panel.title, description, f"plots/{panel.name}.png", data_uri(figure))
 
 
 def _draw_curve(axes: Axes, curve: Curve, points: list[tuple[int, float]]) -> list[str]:
@@ -191,7 +191,8 @@ def _spans_decades(curves: list[tuple[Curve, list[tuple[int, float]]]]) -> bool:
     return bool(values) and min(values) > 0 and max(values) / min(values) > 50
 
 
-def _data_uri(figure: Figure) -> str:
+def data_uri(figure: Figure) -> str:
+    """The figure as an SVG that a page can hold."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -63,7 +63,7 @@ def write_report(run_dir: Path) -> Path:
     record = read_run(run_dir)
     context = _context(record)
     context["plots"] = draw_plots(record.metrics, run_dir)
-    templates = _environment()
+    templates = environment()
     for name in ("report.md", "report.html"):
         text = templates.get_template(f"{name}.j2").render(context)
         # Half of a surrogate pair, which a model that emits bytes can leave in a sample, has no UTF-8.
@@ -71,16 +71,17 @@ def write_report(run_dir: Path) -> Path:
     return run_dir / "report.html"
 
 
-def _environment() -> Environment:
-    environment = Environment(
+def environment() -> Environment:
+    """The templates that lie beside this file; .html ones escape what they are given."""
+    found = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=select_autoescape(enabled_extensions=("html.j2",), default=False),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(number=format_number, fence=_fence, inline=_inline)
-    return environment
+    found.filters.update(number=format_number, fence=_fence, inline=_inline)
+    return found
 
 
 def _context(record: RunRecord) -> dict[str, Any]:
