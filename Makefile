@@ -6,7 +6,7 @@ export OMP_NUM_THREADS ?= 1
 # Nothing in the demo or in the tests may reach for a hub.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help demo test test-slow check bench clean
+.PHONY: help demo test test-slow check bench walk-table clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -34,6 +34,9 @@ check: $(VENV)/.installed  ## ruff, pyright, import-linter
 
 bench: $(VENV)/.installed  ## the loss against naive full logits and TRL's chunked loss
 	$(BIN)/python benchmarks/loss.py
+
+walk-table: $(VENV)/.installed  ## the tables of docs/results.md: every method, three seeds; continues where it stopped
+	$(BIN)/python benchmarks/walk_table.py
 
 clean:  ## the environment and every output
 	rm -rf $(VENV) outputs/artifacts
