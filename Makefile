@@ -21,10 +21,10 @@ demo: $(VENV)/.installed  ## distil the embedded teacher into the embedded stude
 	$(BIN)/python -m opd
 
 test: $(VENV)/.installed check  ## lint, types, import rules, then the default tests
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-slow: $(VENV)/.installed  ## the tests that take minutes
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n 2
 
 check: $(VENV)/.installed  ## ruff, pyright, import-linter
 	$(BIN)/ruff check .
