@@ -300,7 +300,11 @@ def _differing(many: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _labelled(settings: Sequence[Setting]) -> list[Setting]:
-    """Sorted and labelled by method and the keys in which settings of that method differ, numbered if that is long."""
+    """Sorted and labelled by method and the keys in which settings of that method differ.
+
+    Where that is long, what more than half of them have is left out of the label; then all but one key that tells them
+    apart; and where there is none they are numbered.
+    """
     ordered = []
     for method in dict.fromkeys(setting.method for setting in settings):
         same = [setting for setting in settings if setting.method == method]
@@ -310,13 +314,26 @@ def _labelled(settings: Sequence[Setting]) -> list[Setting]:
         names = _short(keys)
         same.sort(key=lambda setting: [_order(setting.keys.get(key)) for key in keys])
         ordered += same
-        for setting in same:
-            setting.label = " ".join([method, *(f"{names[key]}={show(setting.keys.get(key))}" for key in keys)])
-        labels = [setting.label for setting in same]
-        if max(map(len, labels)) > _LONGEST_LABEL or len(set(labels)) < len(labels):
-            for number, setting in enumerate(same, 1):
-                setting.label = f"{method} #{number}"
+        shown = [{names[key]: show(setting.keys.get(key)) for key in keys} for setting in same]
+        rare = [{name: text for name, text in mine.items() if not _is_usual(name, text, shown)} for mine in shown]
+        for told in (shown, rare, *([{name: mine[name]} for mine in shown] for name in _by_method(names))):
+            labels = [" ".join([method, *(f"{name}={text}" for name, text in mine.items())]) for mine in told]
+            if max(map(len, labels)) <= _LONGEST_LABEL and len(set(labels)) == len(labels):
+                break
+        else:
+            labels = [f"{method} #{number}" for number in range(1, len(same) + 1)]
+        for setting, label in zip(same, labels, strict=True):
+            setting.label = label
     return ordered
+
+
+def _by_method(names: Mapping[str, str]) -> list[str]:
+    """What labels call the keys, the method's first."""
+    return [names[key] for key in sorted(names, key=lambda key: not key.startswith("method."))]
+
+
+def _is_usual(name: str, text: str, shown: Sequence[Mapping[str, str]]) -> bool:
+    return 2 * sum(other[name] == text for other in shown) > len(shown)
 
 
 def _order(value: Any) -> tuple[int, float, str]:

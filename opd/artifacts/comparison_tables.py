@@ -88,7 +88,10 @@ def metric_table(settings: Sequence[Setting], metrics: Sequence[str]) -> Table:
 
 
 def _before(settings: Sequence[Setting]) -> list[tuple[str, int, list[dict[str, float]]]]:
-    """The students before training: one row for settings that began from the same ones, seed by seed."""
+    """The students before training: one row for settings that began from the same ones, seed by seed.
+
+    Of metrics that only some methods measure (their own loss, say) the row says nothing.
+    """
     starts: list[tuple[list[str], dict[int, dict[str, float]]]] = []
     for setting in settings:
         mine = {run.seed: run.before for run in setting.runs if run.before}
@@ -96,18 +99,25 @@ def _before(settings: Sequence[Setting]) -> list[tuple[str, int, list[dict[str, 
             shared = mine.keys() & theirs.keys()
             if shared and all(_alike(mine[seed], theirs[seed]) for seed in shared):
                 labels.append(setting.label)
-                theirs.update(mine)
+                for seed, metrics in mine.items():
+                    known = theirs.get(seed, metrics)
+                    theirs[seed] = {name: value for name, value in known.items() if name in metrics}
                 break
         else:
             if mine:
                 starts.append(([setting.label], mine))
-    names = ["before training"] if len(starts) == 1 else [f"before: {', '.join(labels)}" for labels, _ in starts]
+    names = ["before training"] if len(starts) == 1 else [_before_name(labels) for labels, _ in starts]
     return [(name, len(found), list(found.values())) for name, (_, found) in zip(names, starts, strict=True)]
 
 
 def _alike(ours: Mapping[str, float], theirs: Mapping[str, float]) -> bool:
-    """Up to the order of a sum, which changes with the number of ranks."""
-    return ours.keys() == theirs.keys() and all(math.isclose(ours[m], theirs[m], rel_tol=1e-6) for m in ours)
+    """In all that both measured, up to the order of a sum, which changes with the number of ranks."""
+    shared = ours.keys() & theirs.keys()
+    return bool(shared) and all(math.isclose(ours[name], theirs[name], rel_tol=1e-6) for name in shared)
+
+
+def _before_name(labels: Sequence[str]) -> str:
+    return f"before: {labels[0]}" + (f" and {len(labels) - 1} more" if len(labels) > 1 else "")
 
 
 def _cell(values: Sequence[float], n: int, form: Callable[[float], str] = format_number) -> str:

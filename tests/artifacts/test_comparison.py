@@ -303,6 +303,33 @@ def test_keys_of_one_name_keep_as_much_of_their_place_as_tells_them_apart(tmp_pa
     assert labels == [f"gkd student.path={s} teacher.path={t}" for s, t in ("ax", "ay", "bx")]
 
 
+def test_a_long_label_leaves_out_what_most_settings_have(tmp_path):
+    keys = ("lmbda", "seq_kd", "kd_temperature", "loss_normalization")
+    usual = {"lmbda": 1, "seq_kd": False, "kd_temperature": 1, "loss_normalization": "token"}
+    changes = [{}, {"lmbda": 0}, {"seq_kd": True}, {"kd_temperature": 2}, {"loss_normalization": "sequence"}]
+    for number, change in enumerate(changes):
+        chosen = usual | change
+        make_run(tmp_path / str(number), **{f"method__{key}": chosen[key] for key in keys})
+    labels = {setting.label for setting in compare([tmp_path]).settings}
+    assert labels == {
+        "gkd", "gkd lmbda=0", "gkd seq_kd=true", "gkd kd_temperature=2", "gkd loss_normalization=sequence",
+    }  # fmt: skip
+
+
+def test_where_one_key_of_the_method_tells_settings_apart_it_is_the_label(tmp_path):
+    for number in range(2):
+        name = f"a-name-of-a-model-as-long-as-a-label-can-be-{number}"
+        make_run(tmp_path / str(number), model__student__path=name, method__beta=number)
+    assert [setting.label for setting in compare([tmp_path]).settings] == ["gkd beta=0", "gkd beta=1"]
+
+
+def test_before_training_is_one_row_though_some_methods_measure_more(tmp_path):
+    make_run(tmp_path / "a", method__beta=0, result={"before": {"success": 0.5}})
+    make_run(tmp_path / "b", "sft", result={"before": {"success": 0.5, "loss": 2.0}})
+    rows = table(compare([tmp_path]), "Metrics")
+    assert [name for name in rows if name.startswith("before")] == ["before training"]
+
+
 def test_labels_that_would_be_long_are_numbers_and_the_table_of_settings_has_the_keys(tmp_path):
     for number in range(2):
         make_run(tmp_path / str(number), model__student__path=f"model-with-a-name-of-forty-characters-{number}")

@@ -33,7 +33,9 @@ KNOWN_FROM_THE_CONFIG: dict[str, list[tuple[str, ...]]] = {
     "experiment=nope": [("experiment=nope: no such option", "choose from", "walk_gkd")],
     "methd=gkd": [("methd: unknown key", "did you mean method?")],
     "model/studnt=walk": [("model/studnt: unknown key", "did you mean model/student?")],
-    "method.name=foo": [("method.name='foo': unknown method", "known here: adpa, dckd, dpo, gkd, gold, minillm, opsd, reverse_kl, sft")],
+    "method.name=foo": [
+        ("method.name='foo': unknown method", "known here: adpa, dckd, dpo, gkd, gold, minillm, opsd, reverse_kl, sft")
+    ],
     # How an override is written
     "train.max_steps=[1": [("train.max_steps=[1: not an override", "write key=value")],
     "train.max_steps": [("train.max_steps: not an override", "write key=value")],

@@ -25,9 +25,7 @@ def _gkd(params: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor
     vocab_size = params.get("shared_vocab")
     teacher = rows(tensors["in_teacher_logits"], layout, vocab_size)
     student = tensors["in_student_logits"]
-    outputs = loss_and_grad(
-        ours, student, {"teacher": teacher}, Batch(made, layout), params["num_items"], vocab_size
-    )
+    outputs = loss_and_grad(ours, student, {"teacher": teacher}, Batch(made, layout), params["num_items"], vocab_size)
     per_token = objectives.sum_over_tokens(
         rows(student, layout, vocab_size),
         objectives.divergence_loss(teacher, beta=beta, temperature=temperature),
@@ -53,9 +51,7 @@ def _reverse_kl(params: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str,
         positions = layout.predictors[mine] - row * student.shape[1]
         sequence.token_scores = {"student_logprobs": old[row, positions], "teacher_logprobs": teacher[mine]}
     metrics = ours.window(made, lambda tensor: tensor)
-    scores = {
-        name: torch.cat([sequence.token_scores[name] for sequence in made]) for name in made[0].token_scores
-    }
+    scores = {name: torch.cat([sequence.token_scores[name] for sequence in made]) for name in made[0].token_scores}
     outputs = loss_and_grad(ours, student, {}, Batch(made, layout, token_scores=scores), None)
     advantages = spread(scores["advantages"], layout, student)
     reverse_kl = torch.tensor(metrics["reverse_kl"], dtype=student.dtype)
