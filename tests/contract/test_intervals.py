@@ -10,7 +10,7 @@ from contract.tiny import make_model, make_trainer, train
 from contract.variants import DEFAULTS, VARIANTS, tiny_config
 from opd.errors import RunError
 
-AVERAGED = ("rollout/length_mean", "rollout/truncated_fraction", "rollout/on_policy")
+OF_ROLLOUTS = ("rollout/length_mean", "rollout/truncated_fraction")
 
 
 @pytest.mark.parametrize("variant", DEFAULTS, ids=str)
@@ -19,8 +19,12 @@ def test_a_line_is_about_every_step_since_the_last_one_and_the_last_step_has_a_l
     pairs = train(tiny_config(variant, train={"log_every_steps": 2}), steps=5).metrics
     assert len(each) == 5 and len(pairs) == 3
     for line, steps in zip(pairs, ([0, 1], [2, 3], [4]), strict=True):
-        for name in ("train/loss", *[name for name in AVERAGED if name in line]):
+        for name in ("train/loss", "rollout/on_policy"):
             assert line[name] == pytest.approx(sum(each[i][name] for i in steps) / len(steps), rel=1e-5), name
+        for name in [name for name in OF_ROLLOUTS if name in line]:  # a step counts by how many rollouts it has
+            shares = [each[i]["rollout/on_policy"] for i in steps]
+            whole = sum(each[i].get(name, 0.0) * share for i, share in zip(steps, shares, strict=True))
+            assert line[name] == pytest.approx(whole / sum(shares), rel=1e-5), name
         tokens = [each[i]["train/tokens"] for i in steps]
         if "train/entropy" in line:
             weighted = sum(each[i]["train/entropy"] * n for i, n in zip(steps, tokens, strict=True)) / sum(tokens)

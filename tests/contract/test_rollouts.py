@@ -86,21 +86,21 @@ def test_a_completion_ends_in_its_first_stop_token_or_is_cut_with_none_appended(
     done = draw(make_model("llama", 3), PROMPTS * 4, length=10, **settings)
     assert {completion.finished for completion in done} == {True, False}
     for completion in done:
-        assert not STOPS & set(completion.ids[:-1])
+        assert not set(STOPS) & set(completion.ids[:-1])
         assert completion.finished == (completion.ids[-1] in STOPS)
         assert completion.finished or len(completion.ids) == 10
 
 
 def test_every_stop_token_of_the_set_stops():
     done = draw(make_model("llama", 3), PROMPTS * 40, length=10)
-    assert {completion.ids[-1] for completion in done if completion.finished} == STOPS
+    assert {completion.ids[-1] for completion in done if completion.finished} == set(STOPS)
 
 
 def test_no_id_beyond_the_shared_vocabulary_is_drawn():
-    model, shared = make_model("llama", 3, vocab_size=80), Vocabulary(STUDENT_VOCAB, STOPS, PAD)
+    model, shared = make_model("llama", 3, vocab_size=80), Vocabulary(STUDENT_VOCAB, frozenset(STOPS), PAD)
     ids = {token for completion in draw(model, PROMPTS * 10, vocabulary=shared) for token in completion.ids}
     assert max(ids) < STUDENT_VOCAB
-    whole = draw(model, PROMPTS * 10, vocabulary=Vocabulary(80, STOPS, PAD))
+    whole = draw(model, PROMPTS * 10, vocabulary=Vocabulary(80, frozenset(STOPS), PAD))
     assert max(token for completion in whole for token in completion.ids) >= STUDENT_VOCAB
 
 

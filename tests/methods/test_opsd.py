@@ -223,7 +223,7 @@ def test_the_metrics_are_both_kls_the_entropy_the_agreement_and_what_is_clipped(
 @pytest.mark.parametrize("mode", ["current", "initial", "ema"])
 def test_the_teacher_is_the_model_itself_in_the_asked_for_state(mode):
     needs = make_method(teacher_mode=mode, ema_decay=0.9).needs
-    assert needs.teachers == {"teacher": TeacherNeed("dense", mode, 0.9)}
+    assert needs.teachers == {"teacher": TeacherNeed("dense", mode, ema_decay=0.9)}
 
 
 @pytest.mark.parametrize(

@@ -214,7 +214,7 @@ def test_a_micro_batch_without_loss_tokens_has_a_zero_loss_and_the_same_metrics(
     method.window([sequence], lambda tensor: tensor)
     batch = make_batch([sequence])
     some = method.loss(Dense(student[ROWS[0]], Head(None)), {}, batch)
-    batch.layout = Layout(*(tensor[:0] for tensor in vars(batch.layout).values()))
+    batch.layout = Layout(*(None if tensor is None else tensor[:0] for tensor in vars(batch.layout).values()))
     batch.token_scores = {name: column[:0] for name, column in batch.token_scores.items()}
     none = method.loss(Dense(student[:0], Head(None)), {}, batch)
     (grad,) = torch.autograd.grad(none.terms[0].sum, student)

@@ -31,7 +31,7 @@ def test_a_tokens_gradient_is_multiplied_by_its_weight(name):
     targets = torch.randint(VOCAB, (TOKENS,), generator=generator)
     ids = torch.cat([torch.zeros(1, dtype=torch.long), targets])[None]
     positions = torch.arange(TOKENS)
-    layout = Layout(ids, torch.ones_like(ids), positions, targets, torch.zeros_like(positions))
+    layout = Layout(ids, torch.ones_like(ids), None, positions, targets, torch.zeros_like(positions))
     method = METHODS[name](METHODS[name].Config(name=name, **METHOD_SETTINGS[name]))
     leaf = logits.requires_grad_()
 
