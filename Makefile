@@ -24,7 +24,7 @@ test: $(VENV)/.installed check  ## lint, types, import rules, then the default t
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-slow: $(VENV)/.installed  ## the tests that take minutes
-	$(BIN)/python -m pytest -m slow -n 2
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile
 
 check: $(VENV)/.installed  ## ruff, pyright, import-linter
 	$(BIN)/ruff check .

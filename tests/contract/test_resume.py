@@ -8,7 +8,7 @@ import time
 import pytest
 
 from contract.command import fingerprint, logged, start, train_losses, words_of, write_inputs
-from contract.variants import ALL_VARIANTS, DEFAULTS, VARIANTS, needs_of
+from contract.variants import DEFAULTS, VARIANTS, needs_of
 
 STEPS, EVERY = 12, 5  # an odd interval: a batch of rollouts for two steps is half used at every checkpoint
 TIMES = (f"train.max_steps={STEPS}", f"train.save_every_steps={EVERY}", "train.keep_checkpoints=2")
@@ -74,13 +74,13 @@ def test_a_killed_run_of_adapters_with_dropout_continues_to_the_bit(inputs, tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", [v for v in ALL_VARIANTS if v not in KILLED], ids=str)
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v not in KILLED], ids=str)
 def test_every_killed_run_continues_to_the_bit(variant, inputs, tmp_path):
     assert_kill_and_resume_is_exact(variant, inputs, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", [v for v in VARIANTS if v is not SAMPLING], ids=str)
+@pytest.mark.parametrize("variant", [v for v in DEFAULTS if v is not SAMPLING], ids=str)
 def test_every_killed_run_of_adapters_continues_to_the_bit(variant, inputs, tmp_path):
     assert_kill_and_resume_is_exact(variant, inputs, tmp_path, LORA)
 
