@@ -77,7 +77,7 @@ def _draw_headline(
     panels[0].set_xlabel(_titled(metric))
     if differences:
         panels[1].axvline(0, color=_GREY, linewidth=1)
-        panels[1].set_xlabel(f"{metric.replace('_', ' ')}: difference to {baseline}, paired by prompt")
+        panels[1].set_xlabel(f"{metric.replace('_', ' ')}:\ndifference to {baseline}, paired by prompt")
     for axes in panels:
         axes.grid(axis="x")
         axes.grid(visible=False, axis="y")
