@@ -179,9 +179,7 @@ class MethodLoss:
 
     def __call__(self, model: Any, rows: Sequence[Example]) -> dict[str, float]:
         """{"loss", and the method's metrics} over the rows of all ranks. Collective."""
-        wanted = {"rejected", "response"} & set(self._method.needs.sequences)
-        rows = [row for row in rows if row.completion_ids and wanted <= row.alternatives.keys()]
-        sequences, _ = self._source.sequences([(row.row, row) for row in rows])
+        sequences, _ = self._source.sequences([(row.row, row) for row in self._source.answered(rows)])
         counts = self._batches.counts(sequences)
         sums: dict[str, list[float]] = {}
         shares: dict[str, float] = dict.fromkeys(counts, 0.0)

@@ -133,16 +133,15 @@ def _kept_scores(config: Config, method: Method, vocabulary: Vocabulary, data: D
             problem = f"method.top_k={config.at('method.top_k')}: {setting} holds the {teacher.top_k} likeliest ids"
             raise ConfigError(f"{problem}; set it to {teacher.top_k}, or make them again with mode=scores")
         found[name] = teacher
-    sequences = all_sequences(method, data, make_source(config, method, vocabulary, student=None))
+    sequences = all_sequences(data, make_source(config, method, vocabulary, student=None))
     for name, need in needs.items():
         found[name].check([s for s in sequences if need.kinds is None or s.kind in need.kinds])
     return found
 
 
-def all_sequences(method: Method, data: DataSet, source: SequenceSource) -> list[TokenSequence]:
+def all_sequences(data: DataSet, source: SequenceSource) -> list[TokenSequence]:
     """Of every row in the data's order, however it is split; held-out ones where they have all that is compared."""
-    wanted = {"rejected", "response"} & set(method.needs.sequences)
-    held_out = [row for row in data.evaluation if row.completion_ids and wanted <= row.alternatives.keys()]
+    held_out = source.answered(data.evaluation)
     rows = sorted([*(data.train[i] for i in range(len(data.train))), *held_out], key=lambda row: row.row)
     return source.sequences([(row.row, row) for row in rows])[0]
 
@@ -244,16 +243,13 @@ def make_source(
     text_views: TextViews | None = None,
 ) -> SequenceSource:
     """Where this run's sequences come from."""
-    rollout = config.rollout
     return SequenceSource(
         method,
         student=student,
         teacher=teacher.model if isinstance(teacher, LocalTeacher) else None,
-        sampling=Sampling(
-            rollout.max_completion_tokens, rollout.temperature, rollout.top_p, rollout.top_k, rollout.batch_size
-        ),
+        sampling=Sampling.of(config.rollout),
         vocabulary=vocabulary,
-        group_size=rollout.group_size,
+        group_size=config.rollout.group_size,
         seed=config.run.seed,
         text_views=text_views,
     )

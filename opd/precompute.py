@@ -44,9 +44,7 @@ def make_responses(config: Config, texts: Texts, student: Any) -> int:
     part.write_text("".join(f"{line}\n" for line in done), encoding="utf-8")
     if done:
         log.info("%d of %d responses are there already", len(done), len(rows))
-    sampling = Sampling(
-        rollout.max_completion_tokens, rollout.temperature, rollout.top_p, rollout.top_k, rollout.batch_size
-    )
+    sampling = Sampling.of(rollout)
     progress = Progress("responses", len(rows), len(done))
     with part.open("a", encoding="utf-8") as file:
         for start in range(len(done), len(rows), rollout.batch_size):
@@ -81,7 +79,7 @@ def make_scores(
     top_k = config.at("method.top_k")
     asked = method.needs.asked(config.mode)
     kinds = {kind for need in asked.values() for kind in need.kinds or method.needs.sequences}
-    sequences = [sequence for sequence in all_sequences(method, texts.data, source) if sequence.kind in kinds]
+    sequences = [sequence for sequence in all_sequences(texts.data, source) if sequence.kind in kinds]
     batches = Batches(config, method, vocabulary=texts.vocabulary, device=device_of(config))
     mine = _share(batches.parts(sequences))
     scored: list[dict[str, list[Sparse]]] = []
@@ -116,7 +114,7 @@ def keep_logprobs(
     The answers lie in artifacts.dir under the digest of the weights and of the sequences, so that neither another
     model, tokenizer, template nor length limit ever finds them.
     """
-    sequences = all_sequences(method, texts.data, source)
+    sequences = all_sequences(texts.data, source)
     store = Store(Path(config.artifacts.dir))
     path = config.model.student.path
     assert path is not None

@@ -26,6 +26,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from opd import distributed
 from opd.config import Config
 from opd.errors import RunError
+from opd.loading import device_of
 from opd.models import (
     Vocabulary,
     attach_objective,
@@ -73,9 +74,6 @@ class DistillationTrainer(Trainer):
         self.spent: dict[str, Any] = {"train_seconds": 0.0, "tokens": 0}  # by all sessions; without evaluating, saving
         self.spent["ledger"] = dict.fromkeys(_LEDGER, 0)
         attach_objective(model)
-        device = torch.device(config.hardware.device)
-        if config.hardware.device == "cuda":
-            device = torch.device("cuda", int(distributed.local_rank()))
         self.windows = WindowBuilder(
             config,
             method,
@@ -83,7 +81,7 @@ class DistillationTrainer(Trainer):
             source=source,
             teachers=teachers,
             vocabulary=vocabulary,
-            device=device,
+            device=device_of(config),
             student_logprobs=self._student_logprobs,
         )
         tickets = list(range(max_steps * self.windows.num_micro_batches * distributed.world_size()))

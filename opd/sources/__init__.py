@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Mixture", "Sampling", "SequenceSource", "sample"]
 
+_ALTERNATIVES = ("rejected", "response")  # kinds that lie in Example.alternatives
 Slot = tuple[int, int, Kind, Example]  # number of the prompt in the whole run, member of its group, kind, row
 
 
@@ -83,9 +84,14 @@ class SequenceSource:
             self._add_views(sequence, example)
         return everything, sampled
 
+    def answered(self, rows: Sequence[Example]) -> list[Example]:
+        """Those of the rows that bring every completion which the method compares."""
+        wanted = set(_ALTERNATIVES) & set(self._needs.sequences)
+        return [row for row in rows if row.completion_ids and wanted <= row.alternatives.keys()]
+
     def from_data(self, example: Example, kind: Kind = "single", member: int = 0) -> TokenSequence:
         """The row's own completion of this kind."""
-        alternative = kind in ("rejected", "response")
+        alternative = kind in _ALTERNATIVES
         completion = example.alternatives[kind] if alternative else example.completion_ids or []
         if self._needs.prompt_loss:
             ids = example.prompt_ids + completion

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from opd.config import Rollout
 from opd.models import Vocabulary, causal_lm, evaluation_mode
 from opd.randomness import generator
 
@@ -27,6 +28,11 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     batch_size: int = 64
+
+    @classmethod
+    def of(cls, rollout: Rollout) -> Sampling:
+        """As the config's rollout section has it."""
+        return cls(rollout.max_completion_tokens, rollout.temperature, rollout.top_p, rollout.top_k, rollout.batch_size)
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,14 @@ def test_the_mini_job_trains_both_models_and_measures_the_student(first, artifac
     assert result["steps"] == 5
 
 
+def test_a_methods_own_loss_of_held_out_rows_leaves_the_evaluations_numbers_alone(first, walk):
+    """Off-policy gkd measures a forward KL of its own, on the data's answers; the name means the models' own."""
+    answer, result = walk("method.lmbda=0", "train.batch_size=8")
+    assert answer.code == 0, answer.stderr
+    assert "loss" in result["before"] and "loss" not in first[1]["before"]
+    assert first[1]["before"].items() <= result["before"].items()
+
+
 @pytest.mark.parametrize("method", ["gkd", "sft", "reverse_kl"])
 def test_kept_models_are_reused_and_the_same_run_gives_the_same_numbers(first, walk, artifacts, method):
     before = kept(artifacts, "student") | kept(artifacts, "teacher")
