@@ -30,8 +30,8 @@ def validated(raw: dict[str, Any]) -> Config:
 
 
 def _mode(config: Config) -> list[str]:
-    if config.mode in ("check", "plan"):
-        return [f"mode={config.mode}: not built yet; use train, eval, responses or scores"]
+    if config.mode == "plan":
+        return ["mode=plan: not built yet; use train, check, eval, responses or scores"]
     return _scores(config) if config.mode == "scores" else []
 
 
@@ -186,7 +186,7 @@ def _which(config: Config) -> str:
 def _batches(config: Config) -> list[str]:
     ranks, together = config.hardware.world_size, len(METHODS[config.method.name](config.method).needs.sequences)
     problems = []
-    if config.mode == "train" and config.train.batch_size % ranks:
+    if config.trains and config.train.batch_size % ranks:
         problems.append(
             f"train.batch_size={config.train.batch_size}: not a multiple of the {ranks} processes of "
             f"hardware={config.hardware.name}; choose one that is"

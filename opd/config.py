@@ -34,6 +34,9 @@ class Run(Schema):
     dir: str = Field(min_length=1, description="folder of this run; the same command with it continues the run")
     seed: Count = Field(description="seed of every addressed draw: order, rollouts, coins, initial student base")
     resume: str = Field(description="auto: continue an interrupted run.dir; never: refuse one; or a checkpoint path")
+    preflight: Literal["strict", "warn", "off"] = Field(
+        default="strict", description="the checks of mode=check before training: refuse on an error, tell it, or none"
+    )
 
 
 class LoRA(Schema):
@@ -68,7 +71,11 @@ class Model(Schema):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(description="auto: follow hardware.precision")
     attention: Literal["sdpa", "eager", "flash_attention_2"]
     trust_remote_code: bool
-    chat_template: str | None = Field(default=None, description="file with a chat template that replaces the model's")
+    chat_template: str | None = Field(
+        default=None, description="file with a chat template that replaces the model's; training: TRL's for this family"
+    )
+    thinking: bool | None = Field(default=None, description="enable_thinking of the chat template; null: its default")
+    quantization: Literal["8bit", "4bit"] | None = Field(default=None, description="bitsandbytes, frozen weights")
     recipe: WalkRecipe | None = None
 
 
@@ -101,16 +108,36 @@ class Models(Schema):
     teacher: Teacher
 
 
-class Data(Schema):
+class Origin(Schema):
+    """Where rows come from: a file, a folder of dataset files, or a hub id; and what its columns are called."""
+
+    path: str | None = Field(default=None, description="file, dataset folder or hub id")
+    subset: str | None = Field(default=None, description="configuration of a hub data set")
+    split: str = Field(default="train", description="of a hub data set or a folder")
+    revision: str | None = Field(default=None, description="hub revision")
+    columns: dict[str, str | None] = Field(default_factory=dict, description="opd's column: the file's; null: the same")
+
+
+class MixedOrigin(Origin):
+    """One part of a mixture."""
+
+    weight: float = Field(gt=0, description="its share of the rows, relative to the other parts")
+
+
+class Data(Origin):
     """Prompts, and the completions some methods need."""
 
-    name: Literal["walk", "file"]
+    name: Literal["walk", "file", "hub", "mixture"]
     variant: Literal["plain", "bold", "short", "hint"] = Field(default="plain", description="of the walk: docs/walk.md")
-    path: str | None = Field(default=None, description="data=file: .json .jsonl .csv .parquet, or .txt of prompts")
+    sources: dict[str, MixedOrigin] = Field(default_factory=dict, description="the parts of data=mixture, by name")
+    eval_path: str | None = Field(default=None, description="rows for evaluation from here instead of held-out ones")
+    eval_split: str | None = Field(default=None, description="rows for evaluation from this split of path")
+    streaming: bool = Field(default=False, description="read rows as training reaches them; needs train.max_steps")
+    shuffle_buffer: PositiveInt = Field(default=10_000, description="rows that a stream is shuffled within")
+    system_prompt: str | None = Field(default=None, description="system message of conversations that bring none")
     responses: str | None = Field(default=None, description="folder of answers to the prompts (mode=responses)")
     limit: PositiveInt | None = Field(default=None, description="use only the first rows")
     eval_prompts: Count = Field(description="prompts held out for evaluation")
-    columns: dict[str, str | None] = Field(default_factory=dict, description="opd's column: the file's; null: the same")
     max_prompt_length: PositiveInt = Field(description="tokens; a longer prompt is dropped and counted")
     max_completion_length: PositiveInt = Field(description="tokens; a longer data completion is cut and counted")
 
@@ -161,10 +188,21 @@ class Train(Schema):
     min_lr_ratio: Fraction = Field(default=0.0, description="cosine ends at this share of the learning rate")
     max_grad_norm: float = Field(ge=0, description="0: no clipping")
     eval_every_steps: Count = Field(description="0: only before and after")
-    save_every_steps: Count = Field(description="0: no checkpoints, so no resume; the final model is always saved")
+    save_every_steps: Count | Literal["epoch"] = Field(
+        description="0: no checkpoints, so no resume; epoch: one a pass; the final model is always saved"
+    )
     keep_checkpoints: PositiveInt
     log_every_steps: PositiveInt
     sample_every_steps: Count = Field(description="write rollouts to samples.jsonl; 0: only before and after")
+
+
+class LmEval(Schema):
+    """Tasks of lm-eval (EleutherAI), before and after training."""
+
+    tasks: list[str] = Field(default_factory=list, description="names, or files of task YAML; []: none")
+    limit: PositiveInt | None = Field(default=None, description="documents a task; null: all")
+    num_fewshot: Count | None = Field(default=None, description="null: what the task says")
+    chat_template: bool = Field(default=True, description="ask through the student's chat template, if it has one")
 
 
 class Evaluation(Schema):
@@ -176,13 +214,15 @@ class Evaluation(Schema):
     divergence_prompts: PositiveInt
     max_completion_tokens: PositiveInt | None = Field(description="null: rollout.max_completion_tokens")
     batch_size: PositiveInt
+    lm_eval: LmEval = Field(default_factory=LmEval)
 
 
 class Tracking(Schema):
     """Experiment trackers beside the run folder, which always holds everything."""
 
-    backend: Literal["none", "wandb"]
+    backend: Literal["none", "wandb", "tensorboard"]
     project: str | None = None
+    name: str | None = Field(default=None, description="what the tracker calls the run; null: its folder's name")
     mode: Literal["online", "offline", "disabled"] = "offline"
     tags: list[str] = Field(default_factory=list)
 
@@ -214,6 +254,11 @@ class Config(Schema):
     evaluation: Evaluation
     tracking: Tracking
     artifacts: Artifacts
+
+    @property
+    def trains(self) -> bool:
+        """Whether this run trains, or is checked as one that would."""
+        return self.mode in ("train", "check")
 
     def at(self, key: str) -> Any:
         """The value of a dotted key, e.g. "method.beta"."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def rank() -> int:
@@ -61,11 +63,15 @@ def _reduce(tensor: Tensor, kind: str) -> Tensor:
     return reduced.to(tensor.device)
 
 
+def everyones(value: T) -> list[T]:
+    """Every rank's value, by rank, on all of them."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def union(names: Iterable[str]) -> list[str]:
     """Every name that some rank has, in one order on all of them."""
-    names = sorted(names)
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return names
-    gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(gathered, names)
-    return sorted({name for part in gathered for name in part})
+    return sorted({name for part in everyones(list(names)) for name in part})

@@ -11,6 +11,8 @@ from opd.artifacts.run_folder import RANK_LOGS, RunFolder
 from opd.config import Config
 from opd.errors import ConfigError, RunError
 
+_SAID = (2, 3)  # exit codes of a rank: config or data, and preflight; rank 0 has said what
+
 
 def launch(config: Config) -> None:
     """Run the config on the processes that its hardware asks for."""
@@ -77,6 +79,6 @@ def _start_ranks(config: Config) -> None:
         sys.exit(128 + error.sigval)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        if failure.exitcode == ConfigError.exit_code:
-            sys.exit(ConfigError.exit_code)  # rank 0 has said it
+        if failure.exitcode in _SAID:
+            sys.exit(failure.exitcode)
         raise RunError(f"rank {rank} failed (exit code {failure.exitcode}): {failure.message}; see {logs}") from None

@@ -73,7 +73,7 @@ def is_read(config: Config, key: str) -> bool:
     if key == "model.student.init":
         return config.mode != "scores"  # where only its tokenizer is read, which training leaves alone
     if key == "model.teacher.path":
-        return "teacher" in asked or config.mode in ("train", "eval")  # evaluation measures by it
+        return "teacher" in asked or config.trains or config.mode == "eval"  # evaluation measures by it
     return True
 
 

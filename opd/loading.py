@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from opd.data import DataSet, check_lengths, load_data
 from opd.errors import ConfigError
 from opd.methods import METHODS
 from opd.models import (
+    Shape,
     Vocabulary,
     add_lora,
     causal_lm,
@@ -35,7 +35,6 @@ from opd.sources import Sampling, SequenceSource
 from opd.sources.text_views import TextViews
 from opd.teachers import CachedTeacher, LocalTeacher, SelfTeacher, Teacher
 
-log = logging.getLogger("opd")
 _COVERED_ROWS = 256
 
 
@@ -50,6 +49,29 @@ class Texts:
     text_views: TextViews | None = None
     coverage: dict[str, float] = field(default_factory=dict)  # how the data's text falls into both models' tokens
     scores: dict[str, CachedTeacher] = field(default_factory=dict)  # teachers that are kept scores, by name
+
+
+@dataclass
+class Readers:
+    """Every model's tokenizer, shape and stop ids, by the config key that names its folder; the student's comes first.
+
+    Known from small files alone, and before anything is compared.
+    """
+
+    paths: dict[str, str]
+    tokenizers: dict[str, Any]
+    shapes: dict[str, Shape]
+    stops: dict[str, frozenset[int]]
+
+    @property
+    def student(self) -> Any:
+        """The student's tokenizer."""
+        return self.tokenizers["model.student.path"]
+
+    @property
+    def others(self) -> dict[str, Any]:
+        """The tokenizers of the teachers."""
+        return {key: tokenizer for key, tokenizer in self.tokenizers.items() if key != "model.student.path"}
 
 
 @dataclass
@@ -69,30 +91,39 @@ def teacher_folders(config: Config, needs: Needs) -> Folders:
         path = str(config.at(need.model))
         (found.scores if (Path(path) / "scores.json").is_file() else found.models)[need.model] = path
     wanted = any(need.model == "teacher" for need in asked)
-    evaluates = config.mode in ("train", "eval") and config.evaluation.divergence
+    evaluates = (config.trains or config.mode == "eval") and config.evaluation.divergence
     measured = evaluates and not found.models and not found.scores
     if config.model.teacher.path is not None and (wanted or measured):
         found.models["model.teacher.path"] = config.model.teacher.path
     return found
 
 
-def load_texts(config: Config, method: Method) -> Texts:
-    """Tokenizers and rows. Refuses teachers that cannot read what the student writes."""
-    student, folders = config.model.student, teacher_folders(config, method.needs)
+def load_readers(config: Config, method: Method) -> Readers:
+    """What the small files of all models say. Refuses a folder that has no tokenizer or no config."""
+    student = config.model.student
     assert student.path is not None
-    tokenizer = load_tokenizer(student, student.path, "model.student.path")
-    shapes = {"model.student.path": read_shape(student, student.path, "model.student.path")}
-    stops = stop_ids(tokenizer, student.path, student)
-    others = {key: load_tokenizer(config.model.teacher, path, key) for key, path in folders.models.items()}
-    shapes |= {key: read_shape(config.model.teacher, path, key) for key, path in folders.models.items()}
-    teacher = others.get("model.teacher.path")
+    models = {"model.student.path": (student, student.path)}
+    models |= {k: (config.model.teacher, path) for k, path in teacher_folders(config, method.needs).models.items()}
+    tokenizers = {key: load_tokenizer(model, path, key) for key, (model, path) in models.items()}
+    return Readers(
+        {key: path for key, (_, path) in models.items()},
+        tokenizers,
+        {key: read_shape(model, path, key) for key, (model, path) in models.items()},
+        {key: stop_ids(tokenizers[key], path, model) for key, (model, path) in models.items()},
+    )
+
+
+def load_texts(config: Config, method: Method, readers: Readers | None = None) -> Texts:
+    """Tokenizers and rows. Refuses teachers that cannot read what the student writes."""
+    readers = readers or load_readers(config, method)
+    tokenizer, shapes = readers.student, readers.shapes
+    stops, teacher = readers.stops["model.student.path"], readers.others.get("model.teacher.path")
     method.prepare(tokenizer, teacher)
     needs = method.needs
     if needs.alignment is not None and teacher is not None:
         mine, theirs = shapes["model.student.path"], shapes["model.teacher.path"]
         vocabulary = shared_vocabulary(tokenizer, {}, [mine.vocab_size], stops)
-        path = folders.models["model.teacher.path"]
-        teacher_stops = stop_ids(teacher, path, config.model.teacher)
+        teacher_stops = readers.stops["model.teacher.path"]
         teacher_vocabulary = shared_vocabulary(teacher, {}, [theirs.vocab_size], teacher_stops, "model.teacher.path")
         text_views = TextViews(
             tokenizer,
@@ -106,10 +137,9 @@ def load_texts(config: Config, method: Method) -> Texts:
         reader = teacher
     else:
         text_views, reader = None, None
-        vocabulary = shared_vocabulary(tokenizer, others, [shape.vocab_size for shape in shapes.values()], stops)
+        widths = [shape.vocab_size for shape in shapes.values()]
+        vocabulary = shared_vocabulary(tokenizer, readers.others, widths, stops)
         teacher_vocabulary = vocabulary
-        for key, other in others.items():
-            _warn_of_other_end(tokenizer, other, vocabulary, f"{key}={folders.models[key]}")
     data = load_data(config, tokenizer, needs, vocabulary.stop_ids, teacher_tokenizer=reader)
     check_lengths(config, data, needs, {key: shape.max_positions for key, shape in shapes.items()})
     coverage = {}
@@ -150,17 +180,6 @@ def _some_texts(data: DataSet, tokenizer: Any) -> list[str]:
     """Completions of the first rows, or what stands for them where the data has none."""
     rows = [data.train[i] for i in range(min(len(data.train), _COVERED_ROWS))]
     return [str(tokenizer.decode(row.completion_ids or row.prompt_ids, skip_special_tokens=True)) for row in rows]
-
-
-def _warn_of_other_end(tokenizer: Any, teacher: Any, vocabulary: Vocabulary, setting: str) -> None:
-    if teacher.eos_token_id not in vocabulary.stop_ids:
-        log.warning(
-            "%s ends its answers with %r, the student with %s: what the teacher calls the end, the student's rollouts "
-            "go past; give both the same end token (often a base model beside an instruct model)",
-            setting,
-            teacher.eos_token,
-            tokenizer.convert_ids_to_tokens(sorted(vocabulary.stop_ids)),
-        )
 
 
 def num_steps(config: Config, data: DataSet) -> int:

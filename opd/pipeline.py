@@ -19,11 +19,13 @@ from opd.artifacts.run_folder import RunFolder
 from opd.artifacts.table import before_after_table, format_table
 from opd.config import Config
 from opd.embedded import ensure_models
+from opd.errors import ConfigError
 from opd.evaluate import Evaluator, MethodLoss
 from opd.loading import (
     Texts,
     device_of,
     load_method,
+    load_readers,
     load_teachers,
     load_texts,
     load_trained_student,
@@ -31,6 +33,10 @@ from opd.loading import (
     num_steps,
 )
 from opd.precompute import keep_logprobs, make_responses, make_scores
+from opd.preflight import Checks, Finding
+from opd.preflight.data import check_data
+from opd.preflight.gradient import check_gradient
+from opd.preflight.pair import check_pair
 from opd.protocols import Method
 from opd.recorder import Recorder
 from opd.sources import SequenceSource
@@ -53,6 +59,7 @@ class _Run:
     source: SequenceSource
     evaluator: Evaluator
     max_steps: int
+    checks: Checks
 
 
 def prepare(config: Config) -> Config:
@@ -68,7 +75,10 @@ def run(config: Config) -> dict[str, Any]:
     _quieten(config)
     if distributed.world_size() > 1:
         start_logging()
-    loaded = _load(config)
+    checks = Checks(config)
+    if config.mode == "check":
+        return _check(config, checks)
+    loaded = _load(config, checks)
     if distributed.rank() == 0:
         loaded.folder.create()
     distributed.barrier()
@@ -124,10 +134,26 @@ def _score(loaded: _Run) -> dict[str, Any]:
     return {"ledger": {"teacher_scored_tokens": tokens}}
 
 
-def _load(config: Config) -> _Run:
+def _check(config: Config, checks: Checks) -> dict[str, Any]:
+    """mode=check: all that can be found out without training. Nothing is written. Raises PreflightError."""
+    try:
+        _load(config, checks)
+    except ConfigError:
+        refusals = [Finding("config", "error", line) for line in str(error).splitlines()]
+        checks(lambda: refusals)
+    checks.tell()
+    checks.conclude()
+    return {}
+
+
+def _load(config: Config, checks: Checks) -> _Run:
     """Tokenizers, then data, then weights: what can be refused is refused before the expensive part."""
     folder, method = RunFolder(config), load_method(config)
-    texts = load_texts(config, method)
+    readers = load_readers(config, method)
+    checks(lambda: check_pair(config, method, readers))
+    texts = load_texts(config, method, readers)
+    checks(lambda: check_data(config, method, texts))
+    checks.enforce()
     student = None if config.mode == "scores" else load_trained_student(config, method)
     teachers = load_teachers(config, method, texts, student)
     source = make_source(
@@ -138,6 +164,9 @@ def _load(config: Config) -> _Run:
         teacher=teachers.get("teacher"),
         text_views=texts.text_views,
     )
+    if not folder.continues:
+        checks(lambda: check_gradient(config, method, texts, student=student, teachers=teachers, source=source))
+        checks.enforce()
     for name, need in method.needs.asked(config.mode).items():
         if need.precompute:
             teachers[name] = keep_logprobs(config, method, texts, source, name, teachers[name])
@@ -150,7 +179,7 @@ def _load(config: Config) -> _Run:
         objective=_objective(config, method, texts, source, teachers),
     )
     steps = num_steps(config, texts.data)
-    return _Run(config, folder, method, texts, student, teachers, source, evaluator, steps)
+    return _Run(config, folder, method, texts, student, teachers, source, evaluator, steps, checks)
 
 
 def _objective(
@@ -249,6 +278,8 @@ def _introduce(loaded: _Run) -> None:
     lost = {name: count for name, count in loaded.texts.data.summary.items() if name not in ("rows", "kept") and count}
     if lost:
         log.info("data: %s", ", ".join(f"{name} {count}" for name, count in lost.items()))
+    loaded.checks.tell()
+    folder.write_json("preflight.json", [finding.record() for finding in loaded.checks.findings])
     if found := loaded.texts.coverage:
         log.info("tokens of student and teacher: %s\n", _coverage_line(found))
     for note in loaded.method.notes():

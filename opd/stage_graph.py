@@ -19,7 +19,17 @@ from opd.lineage import REFERENCE, is_read, recipe, references
 from opd.methods import METHODS
 
 _MODES = ("train", "responses", "scores")
-_MODEL_KEYS = ("path", "revision", "dtype", "attention", "trust_remote_code", "chat_template", "recipe")
+_MODEL_KEYS = (
+    "path",
+    "revision",
+    "dtype",
+    "attention",
+    "trust_remote_code",
+    "chat_template",
+    "thinking",
+    "quantization",
+    "recipe",
+)
 
 
 @dataclass(frozen=True)

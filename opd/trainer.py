@@ -87,7 +87,7 @@ class DistillationTrainer(Trainer):
         tickets = list(range(max_steps * self.windows.num_micro_batches * distributed.world_size()))
         super().__init__(
             model,
-            training_arguments(config, max_steps, self.windows.num_micro_batches),
+            training_arguments(config, max_steps, self.windows.num_micro_batches, _save_every(config, len(examples))),
             train_dataset=tickets,  # type: ignore[arg-type]
             data_collator=_ticket,
             processing_class=tokenizer,
@@ -281,7 +281,13 @@ def _each(teachers: Mapping[str, Teacher]) -> Iterable[Teacher]:
     return {id(teacher): teacher for teacher in teachers.values()}.values()
 
 
-def training_arguments(config: Config, max_steps: int, num_micro_batches: int) -> TrainingArguments:
+def _save_every(config: Config, num_rows: int) -> int:
+    """Steps between checkpoints; 0: none."""
+    every = config.train.save_every_steps
+    return -(-num_rows // config.train.batch_size) if every == "epoch" else every
+
+
+def training_arguments(config: Config, max_steps: int, num_micro_batches: int, save_every: int) -> TrainingArguments:
     """opd's settings as transformers names them; logging, evaluation and trackers are opd's own."""
     train, hardware = config.train, config.hardware
     warmup = train.warmup_steps or math.ceil(train.warmup_ratio * max_steps)
@@ -303,8 +309,8 @@ def training_arguments(config: Config, max_steps: int, num_micro_batches: int) -
         max_grad_norm=train.max_grad_norm,
         logging_steps=train.log_every_steps,
         logging_nan_inf_filter=False,
-        save_strategy="steps" if train.save_every_steps else "no",
-        save_steps=train.save_every_steps or 500,
+        save_strategy="steps" if save_every else "no",
+        save_steps=save_every or 500,
         bf16=hardware.precision == "bf16",
         fp16=hardware.precision == "fp16",
         use_cpu=hardware.device == "cpu",

@@ -19,7 +19,7 @@ log = logging.getLogger("opd")
 
 # Keys that may differ between an interrupted run and the command that continues it; so may the path of a model that
 # a recipe made.
-_FREE = {("run", "resume"), ("run", "dir"), ("tracking",), ("artifacts",)}
+_FREE = {("run", "resume"), ("run", "dir"), ("run", "preflight"), ("tracking",), ("artifacts",)}
 
 
 RANK_LOGS = ".ranks"  # where the launcher keeps what each rank printed; it is there before the run is

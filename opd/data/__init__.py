@@ -55,7 +55,7 @@ def load_data(
         assert config.data.responses is not None
         answered = with_responses(data.train, Path(config.data.responses), config.data.max_completion_length)
         data = replace(data, train=answered, summary={**data.summary, **answered.summary})
-    if config.mode == "train" and len(data.train) < config.train.batch_size:
+    if config.trains and len(data.train) < config.train.batch_size:
         raise ConfigError(
             f"train.batch_size={config.train.batch_size}: the data has only {len(data.train)} training rows "
             f"({_counts(config.data, data)}); lower it to {len(data.train)} or less"

@@ -90,8 +90,7 @@ KNOWN_FROM_THE_CONFIG: dict[str, list[tuple[str, ...]]] = {
     ],
     "method=sft rollout.group_size=2": [("rollout.group_size=2: method=sft", "samples nothing", "set it to 1")],
     "model.teacher.top_k=4 method.kd_temperature=2": [("model.teacher.top_k=4:", "whole distribution", "null")],
-    "mode=check": [("mode=check: not built yet", "use train, eval, responses or scores")],
-    "mode=plan": [("mode=plan: not built yet", "use train, eval, responses or scores")],
+    "mode=plan": [("mode=plan: not built yet", "use train, check, eval, responses or scores")],
     "hardware.nodes=2": [("hardware.nodes=2: several nodes are not built yet", "set it to 1")],
     # The run's folder
     "run.dir=": [("run.dir='': must have at least 1 character",)],
