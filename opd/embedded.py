@@ -12,8 +12,9 @@ from opd.artifacts.store import Store, source_version
 from opd.config import Config, WalkRecipe
 from opd.data import walk_corpus, walk_tokenizer
 from opd.methods.sft import SFT
-from opd.models import Vocabulary, build_walk_model
+from opd.models import build_walk_model
 from opd.sources import Sampling, SequenceSource
+from opd.tokenizers import Vocabulary
 from opd.trainer import DistillationTrainer
 
 log = logging.getLogger("opd")
@@ -26,6 +27,7 @@ _CODE = (
     "data/walk_text.py",
     "data/walk_tokenizer.py",
     "models.py",
+    "tokenizers.py",
     "methods/sft.py",
     "objectives/likelihood.py",
     "objectives/fused.py",

@@ -17,12 +17,13 @@ from opd import distributed
 from opd.config import Config
 from opd.data import DataSet
 from opd.data.collate import lay_out
-from opd.models import Vocabulary, causal_lm, computing, evaluation_mode, predicting_states, read_head
+from opd.models import causal_lm, computing, evaluation_mode, predicting_states, read_head
 from opd.objectives import divergence_loss, negative_log_likelihood, sum_over_tokens
 from opd.protocols import Dense, Example, Layout, Method, TokenView
 from opd.sources import SequenceSource
 from opd.sources.rollouts import Completion, Sampling, sample
 from opd.teachers import LocalTeacher, Teacher, ask_teachers
+from opd.tokenizers import Vocabulary
 from opd.window import Batches
 
 Columns = dict[str, "array[float]"]

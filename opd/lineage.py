@@ -48,6 +48,7 @@ _CODE = (
     "randomness.py",
     "sources",
     "teachers",
+    "tokenizers.py",
     "trainer.py",
     "window.py",
 )

@@ -13,27 +13,13 @@ from opd.config import Config, Model
 from opd.data import DataSet, check_lengths, load_data
 from opd.errors import ConfigError
 from opd.methods import METHODS
-from opd.models import (
-    Shape,
-    Vocabulary,
-    add_lora,
-    causal_lm,
-    check_head,
-    check_packing,
-    disable_dropout,
-    freeze,
-    load_model,
-    load_student,
-    load_tokenizer,
-    read_shape,
-    shared_vocabulary,
-    stop_ids,
-)
+from opd.models import add_lora, causal_lm, check_head, check_packing, disable_dropout, freeze, load_model, load_student
 from opd.objectives.alignment import alignment_coverage
 from opd.protocols import Method, Needs, TokenSequence
 from opd.sources import Sampling, SequenceSource
 from opd.sources.text_views import TextViews
 from opd.teachers import CachedTeacher, LocalTeacher, SelfTeacher, Teacher
+from opd.tokenizers import Shape, Vocabulary, load_tokenizer, read_shape, shared_vocabulary, stop_ids
 
 _COVERED_ROWS = 256
 

@@ -1,146 +1,33 @@
-"""Causal language models and tokenizers: loading them, reading their head, and one forward that ends in a loss."""
+"""Causal language models: loading them, reading their head, and one forward that ends in a loss."""
 
 from __future__ import annotations
 
 import functools
-import json
-import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
-import jinja2
 import torch
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 
 from opd.config import Hardware, LoRA, Model, Student, WalkRecipe
 from opd.errors import ConfigError
 from opd.protocols import Head, Layout
+from opd.tokenizers import COMPLETE, base_of_adapter, first_line
 
 Result = TypeVar("Result")
-_COMPLETE = "give a complete folder, as save_pretrained of model and tokenizer write it"
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """The ids that student and teacher share, and how completions end."""
-
-    size: int  # columns of both heads that are compared: the smaller of the two widths
-    stop_ids: frozenset[int]  # tokenizer.eos and every eos of the generation config
-    pad_id: int  # fills; never read as a mask
-
-
-def load_tokenizer(model: Model, path: str, key: str) -> PreTrainedTokenizerBase:
-    """The tokenizer that lies with a model. `key` names the setting in errors, e.g. model.teacher.path."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            path, revision=model.revision, trust_remote_code=model.trust_remote_code
-        )
-    except Exception as error:  # it reads config.json too, whose checks raise types of their own
-        raise ConfigError(f"{key}={path}: no tokenizer loads from it ({_first_line(error)}); {_COMPLETE}") from None
-    # Without tokenizer files transformers makes a tokenizer of a few special tokens.
-    if set(tokenizer("a", add_special_tokens=False)["input_ids"]) <= set(tokenizer.all_special_ids):
-        raise ConfigError(f"{key}={path}: no tokenizer lies there; {_COMPLETE}")
-    if model.chat_template is not None:
-        template, setting = Path(model.chat_template), f"{key.rsplit('.', 1)[0]}.chat_template={model.chat_template}"
-        if not template.is_file():
-            raise ConfigError(f"{setting}: no such file (looked from {Path.cwd()}); name a file with a Jinja template")
-        tokenizer.chat_template = template.read_text(encoding="utf-8")
-        try:
-            tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
-        except jinja2.TemplateSyntaxError as error:
-            raise ConfigError(f"{setting}: not a Jinja template (line {error.lineno}: {error}); mend it") from None
-    return tokenizer
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What a model's config says before a weight is loaded."""
-
-    vocab_size: int  # rows of the embedding table
-    max_positions: int | None  # the longest sequence it was made for; None where its config names no limit
-
-
-def read_shape(model: Model, path: str, key: str) -> Shape:
-    """The shape of a model, from its config.json."""
-    path = _base_of_adapter(path, key) or path
-    try:
-        config = AutoConfig.from_pretrained(path, revision=model.revision, trust_remote_code=model.trust_remote_code)
-    except Exception as error:
-        raise ConfigError(
-            f"{key}={path}: its config.json is of no model that transformers knows ({_first_line(error)}); "
-            "choose another folder, or upgrade transformers"
-        ) from None
-    text = config.get_text_config()
-    return Shape(int(text.vocab_size), getattr(text, "max_position_embeddings", None))
-
-
-def stop_ids(tokenizer: PreTrainedTokenizerBase, path: str, model: Model) -> frozenset[int]:
-    """Every id that ends a completion: the tokenizer's eos and those of the model's generation config."""
-    ids: list[Any] = [tokenizer.eos_token_id]
-    path = _base_of_adapter(path, "model.path") or path  # the folder of an adapter has no generation config
-    try:
-        more = GenerationConfig.from_pretrained(path, revision=model.revision or "main").eos_token_id
-        ids += more if isinstance(more, list) else [more]
-    except OSError:
-        pass  # many folders have no generation config; the tokenizer's eos stands
-    return frozenset(stop for stop in ids if isinstance(stop, int))
-
-
-def shared_vocabulary(
-    student: PreTrainedTokenizerBase,
-    teachers: Mapping[str, PreTrainedTokenizerBase],
-    widths: list[int],
-    stops: frozenset[int],
-    key: str = "model.student.path",
-) -> Vocabulary:
-    """What all models can score. Padded embedding tables are cut; tokenizers that differ are refused.
-
-    `teachers`: by the key that names each; `key`: the one that names `student`.
-    """
-    size = min(widths)
-    if not stops:
-        raise ConfigError(
-            f"{key}={student.name_or_path}: its tokenizer has no eos token, so no completion can end; "
-            "set eos_token in its tokenizer_config.json"
-        )
-    mine = student.get_vocab()
-    for name, teacher in teachers.items():
-        theirs = teacher.get_vocab()
-        differing = sorted(token for token in mine.keys() | theirs.keys() if mine.get(token) != theirs.get(token))
-        if differing:
-            token = differing[0]
-            raise ConfigError(
-                f"{name}={teacher.name_or_path}: its tokenizer is not the student's: {len(differing)} "
-                f"tokens differ, e.g. {token!r} is id {mine.get(token)} for the student and {theirs.get(token)} for "
-                "the teacher; choose a teacher of the same family, or method=gold"
-            )
-    num_ids = max(mine.values()) + 1
-    if num_ids > size:
-        raise ConfigError(
-            f"{key}={student.name_or_path}: its tokenizer has ids up to {num_ids - 1} but the heads share "
-            f"only {size} columns; choose a teacher whose embedding table covers the tokenizer"
-        )
-    pad = student.pad_token_id
-    return Vocabulary(size, stops, int(pad) if isinstance(pad, int) else min(stops))
 
 
 def load_student(model: Student, path: str, *, dtype: torch.dtype) -> Any:
     """The student on the CPU: a model, or a base with the adapter that `path` holds, ready to be trained further."""
     key = "model.student.path"
-    base = _base_of_adapter(path, key)
+    base = base_of_adapter(path, key)
     if base is None:
         loaded = load_model(model, path, key, dtype=dtype)
         check_head(loaded, key)
@@ -150,29 +37,18 @@ def load_student(model: Student, path: str, *, dtype: torch.dtype) -> Any:
     return _with_adapter(loaded, path, key, is_trainable=True)
 
 
-def _base_of_adapter(path: str, key: str) -> str | None:
-    """The model that an adapter folder belongs to; None for any other folder."""
-    file = Path(path) / "adapter_config.json"
-    if not file.is_file() or (Path(path) / "config.json").is_file():
-        return None
-    base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not base:
-        raise ConfigError(f"{key}={path}: an adapter that does not name its base model; merge it into a model first")
-    return str(base)
-
-
 def _with_adapter(base: PreTrainedModel, path: str, key: str, *, is_trainable: bool) -> Any:
     from peft import PeftModel  # noqa: PLC0415  a second of import that most runs do not need
 
     try:
         return PeftModel.from_pretrained(base, path, is_trainable=is_trainable)
     except Exception as error:  # peft, safetensors and torch each raise types of their own
-        raise ConfigError(f"{key}={path}: its adapter does not load ({_first_line(error)}); {_COMPLETE}") from None
+        raise ConfigError(f"{key}={path}: its adapter does not load ({first_line(error)}); {COMPLETE}") from None
 
 
 def load_model(model: Model, path: str, key: str, *, dtype: torch.dtype) -> PreTrainedModel:
     """The weights, on the CPU; an adapter is merged into its base."""
-    if (base := _base_of_adapter(path, key)) is not None:
+    if (base := base_of_adapter(path, key)) is not None:
         adapted = _with_adapter(load_model(model, base, key, dtype=dtype), path, key, is_trainable=False)
         return adapted.merge_and_unload()
     wanted = dtype if model.dtype == "auto" else getattr(torch, model.dtype)
@@ -188,10 +64,10 @@ def load_model(model: Model, path: str, key: str, *, dtype: torch.dtype) -> PreT
     except Exception as error:  # safetensors, torch and transformers each raise types of their own
         if "attention" in str(error).lower():
             setting = f"{key.rsplit('.', 1)[0]}.attention={model.attention}"
-            raise ConfigError(f"{setting}: not for this model ({_first_line(error)}); set it to eager") from None
-        raise ConfigError(f"{key}={path}: its weights do not load ({_first_line(error)}); {_COMPLETE}") from None
+            raise ConfigError(f"{setting}: not for this model ({first_line(error)}); set it to eager") from None
+        raise ConfigError(f"{key}={path}: its weights do not load ({first_line(error)}); {COMPLETE}") from None
     if missing := sorted(report["missing_keys"]):
-        raise ConfigError(f"{key}={path}: {len(missing)} weights are not in it, e.g. {missing[0]}; {_COMPLETE}")
+        raise ConfigError(f"{key}={path}: {len(missing)} weights are not in it, e.g. {missing[0]}; {COMPLETE}")
     return loaded
 
 
@@ -230,7 +106,7 @@ def add_lora(model: PreTrainedModel, lora: LoRA) -> Any:
     try:
         adapted = get_peft_model(model, config)
     except ValueError as error:
-        problem = f"does not fit this model ({_first_line(error)})"
+        problem = f"does not fit this model ({first_line(error)})"
         raise ConfigError(f"model.student.lora.targets={lora.targets}: {problem}; use all-linear") from None
     if hasattr(model.get_output_embeddings(), "lora_A"):
         raise ConfigError(
@@ -367,8 +243,3 @@ def check_packing(model: PreTrainedModel, key: str) -> None:
             f"train.packing=True: {type(model).__name__} ({key}) lets the sequences of a packed row see each other; "
             "set it to false"
         )
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return textwrap.shorten(lines[0], 200, placeholder=" …")

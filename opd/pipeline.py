@@ -138,7 +138,7 @@ def _check(config: Config, checks: Checks) -> dict[str, Any]:
     """mode=check: all that can be found out without training. Nothing is written. Raises PreflightError."""
     try:
         _load(config, checks)
-    except ConfigError:
+    except ConfigError as error:
         refusals = [Finding("config", "error", line) for line in str(error).splitlines()]
         checks(lambda: refusals)
     checks.tell()

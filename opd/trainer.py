@@ -27,19 +27,12 @@ from opd import distributed
 from opd.config import Config
 from opd.errors import RunError
 from opd.loading import device_of
-from opd.models import (
-    Vocabulary,
-    attach_objective,
-    causal_lm,
-    computing,
-    evaluation_mode,
-    predicting_states,
-    read_head,
-)
+from opd.models import attach_objective, causal_lm, computing, evaluation_mode, predicting_states, read_head
 from opd.objectives import token_logprobs
 from opd.protocols import Dense, ExampleSet, Layout, Method, Terms
 from opd.sources import SequenceSource
 from opd.teachers import Teacher, ask_teachers
+from opd.tokenizers import Vocabulary
 from opd.window import Window, WindowBuilder
 
 log = logging.getLogger("opd")

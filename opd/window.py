@@ -16,11 +16,11 @@ from torch import Tensor
 from opd import distributed
 from opd.config import Config
 from opd.data.collate import lay_out
-from opd.models import Vocabulary
 from opd.protocols import Batch, Example, ExampleSet, Layout, Method, TokenSequence, TokenView
 from opd.randomness import permutation
 from opd.sources import SequenceSource
 from opd.teachers import Teacher
+from opd.tokenizers import Vocabulary
 
 Metrics = dict[str, tuple[float, float]]
 """{name: (numerator, denominator)}."""

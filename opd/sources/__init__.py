@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from opd.models import Vocabulary
 from opd.protocols import Example, Kind, Method, TokenSequence, TokenView
 from opd.randomness import coin
 from opd.sources.rollouts import Completion, Mixture, Sampling, sample
+from opd.tokenizers import Vocabulary
 
 if TYPE_CHECKING:
     from opd.sources.text_views import TextViews

@@ -15,8 +15,9 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from opd.config import Rollout
-from opd.models import Vocabulary, causal_lm, evaluation_mode
+from opd.models import causal_lm, evaluation_mode
 from opd.randomness import generator
+from opd.tokenizers import Vocabulary
 
 
 @dataclass(frozen=True)

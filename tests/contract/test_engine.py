@@ -51,9 +51,10 @@ from opd.data import DataSet
 from opd.data.collate import lay_out
 from opd.evaluate import Evaluator, MethodLoss
 from opd.methods import METHODS
-from opd.models import Vocabulary, add_lora, freeze
+from opd.models import add_lora, freeze
 from opd.protocols import Example
 from opd.teachers import LocalTeacher, SelfTeacher
+from opd.tokenizers import Vocabulary
 
 transformers_logging.set_verbosity_error()
 

@@ -8,8 +8,8 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from contract.tiny import PAD, SHAPES, STOPS, STUDENT_VOCAB, VOCABULARY, make_examples, make_model
-from opd.models import Vocabulary
 from opd.sources.rollouts import Sampling, sample
+from opd.tokenizers import Vocabulary
 
 transformers_logging.set_verbosity_error()
 

@@ -20,12 +20,13 @@ from opd.config import Config
 from opd.data import DataSet
 from opd.loading import Texts
 from opd.methods import METHODS
-from opd.models import Vocabulary, disable_dropout, freeze
+from opd.models import disable_dropout, freeze
 from opd.precompute import keep_logprobs, make_scores
 from opd.protocols import Example, Method, Needs, TeacherNeed, TokenSequence
 from opd.sources import Sampling, SequenceSource
 from opd.sources.text_views import TextViews
 from opd.teachers import CachedTeacher, LocalTeacher, SelfTeacher, Teacher
+from opd.tokenizers import Vocabulary
 from opd.trainer import DistillationTrainer
 from opd.window import Window
 

@@ -25,7 +25,7 @@ KNOWN_FROM_THE_CONFIG: dict[str, list[tuple[str, ...]]] = {
     "++train.extra=1": [("train.extra=1: unknown key", "known here: adam_betas, batch_size")],
     "+zzz=1": [("zzz=1: unknown key", "known here: artifacts, data")],
     "method=sft method.beta=1": [("method.beta: unknown key", "another option of its group has it")],
-    "model.student.lora.r=8": [("model.student.lora.r: unknown key", "did you mean model.student.lora?")],
+    "model.student.lora.r=8": [("model.student.lora.r: unknown key", "another option of its group has it")],
     f"{FILE} data.columns.promt=q": [("data.columns.promt: unknown key", "did you mean data.columns.prompt?")],
     "method=gdk": [("method=gdk: no such option", "did you mean gkd?")],
     "model/student=wlk": [("model/student=wlk: no such option", "did you mean walk?")],

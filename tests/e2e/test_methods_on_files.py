@@ -174,7 +174,7 @@ def test_the_stop_tokens_of_an_adapters_base_end_its_answers(tmp_path, student):
     from transformers import AutoTokenizer
 
     from opd.config import Student
-    from opd.models import stop_ids
+    from opd.tokenizers import stop_ids
 
     base = Path(shutil.copytree(student, tmp_path / "base"))
     settings = json.loads((base / "generation_config.json").read_text())
