@@ -188,9 +188,8 @@ class Train(Schema):
     min_lr_ratio: Fraction = Field(default=0.0, description="cosine ends at this share of the learning rate")
     max_grad_norm: float = Field(ge=0, description="0: no clipping")
     eval_every_steps: Count = Field(description="0: only before and after")
-    save_every_steps: Count | Literal["epoch"] = Field(
-        description="0: no checkpoints, so no resume; epoch: one a pass; the final model is always saved"
-    )
+    save_every_steps: Count = Field(description="0: no checkpoints, so no resume; the final model is always saved")
+    save_every_epoch: bool = Field(default=False, description="a checkpoint a pass over the prompts instead")
     keep_checkpoints: PositiveInt
     log_every_steps: PositiveInt
     sample_every_steps: Count = Field(description="write rollouts to samples.jsonl; 0: only before and after")

@@ -25,6 +25,7 @@ _FREE = {
         "packing",
         "eval_every_steps",
         "save_every_steps",
+        "save_every_epoch",
         "keep_checkpoints",
         "log_every_steps",
         "sample_every_steps",

@@ -276,8 +276,8 @@ def _each(teachers: Mapping[str, Teacher]) -> Iterable[Teacher]:
 
 def _save_every(config: Config, num_rows: int) -> int:
     """Steps between checkpoints; 0: none."""
-    every = config.train.save_every_steps
-    return -(-num_rows // config.train.batch_size) if every == "epoch" else every
+    train = config.train
+    return -(-num_rows // train.batch_size) if train.save_every_epoch else train.save_every_steps
 
 
 def training_arguments(config: Config, max_steps: int, num_micro_batches: int, save_every: int) -> TrainingArguments:
