@@ -102,7 +102,7 @@ def _explain(error: Exception) -> str:
     if match := re.search(r"Could not override '([^']+)'", text):
         inner = re.search(r"full_key: (\S+)", str(error.__cause__))
         key, known = inner[1] if inner else match[1], _known_keys()
-        remedy = "another option of its group has it (see --cfg job)" if key in known else _near(key, known)
+        remedy = f"{_listed(known[key])} has it" if known.get(key) else _near(key, sorted(known))
         return f"{key}: unknown key; {remedy}"
     if "Missing mandatory value" in text:
         key = getattr(error, "full_key", None) or "a key"
@@ -123,25 +123,33 @@ def _near(word: str, candidates: list[str]) -> str:
     return f"choose from {', '.join(candidates)}" if len(candidates) < 20 else "python -m opd --help lists them"
 
 
-def _known_keys() -> list[str]:
-    """Every key of the default config, dotted, and every group."""
+def _listed(options: list[str]) -> str:
+    return options[0] if len(options) == 1 else f"{options[0]} (or {', '.join(options[1:3])})"
+
+
+def _known_keys() -> dict[str, list[str]]:
+    """Every key that some config has, dotted, with the options ("group=option") that bring it; and every group."""
     from omegaconf import DictConfig, OmegaConf
 
-    keys = [str(path.parent.relative_to(CONF)) for path in CONF.rglob("*.yaml") if path.parent != CONF]
+    keys: dict[str, list[str]] = {}
 
-    def visit(node: DictConfig, prefix: str) -> None:
+    def visit(node: DictConfig, prefix: str, option: str) -> None:
         for key in node:
-            keys.append(f"{prefix}{key}")
+            keys.setdefault(f"{prefix}{key}", []).append(option)
             if isinstance(child := node._get_node(key), DictConfig):
-                visit(child, f"{prefix}{key}.")
+                visit(child, f"{prefix}{key}.", option)
 
-    for path in [CONF / "config.yaml", *CONF.glob("*/*.yaml"), *CONF.glob("*/*/*.yaml")]:
+    for path in sorted(CONF.rglob("*.yaml")):
+        group = str(path.parent.relative_to(CONF))
+        if group in ("experiment", "tuned"):
+            continue  # they set keys that others bring
+        keys.setdefault(group, [])
         loaded = OmegaConf.load(path)
         header = re.search(r"@package (\S+)", path.read_text(encoding="utf-8"))
-        package = header[1] if header else str(path.parent.relative_to(CONF)).replace("/", ".")
+        package = header[1] if header else group.replace("/", ".")
         if isinstance(loaded, DictConfig):
-            visit(loaded, "" if package in ("_global_", ".") else f"{package}.")
-    return sorted({key for key in keys if not key.startswith(("defaults", "hydra"))})
+            visit(loaded, "" if package in ("_global_", ".") else f"{package}.", f"{group}={path.stem}")
+    return {key: options for key, options in keys.items() if not key.startswith(("defaults", "hydra", "."))}
 
 
 if __name__ == "__main__":

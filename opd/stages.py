@@ -42,6 +42,9 @@ def run(raw: dict[str, Any]) -> None:
     if not stages:
         launch(final)
         return
+    if final.mode == "check":
+        _check(raw, stages)
+        return
     config = begun(resolved(raw, stages))
     # The folders in it need not exist yet, but a run.dir of another or of a finished run is refused now.
     RunFolder(parse(config, METHODS[final.method.name].Config))
@@ -59,6 +62,35 @@ def run(raw: dict[str, Any]) -> None:
         _tell(final, told)
     log.info("\n%s\n", _summary(told, kind_of(raw)))
     launch(validated(config))
+
+
+def _check(raw: dict[str, Any], stages: dict[str, Stage]) -> None:
+    """mode=check of a graph: every training in it that has all it reads. Nothing is made."""
+    _start_console()
+    refused, unseen, code = [], [], 0
+    trainings = {name: stage.raw for name, stage in stages.items() if stage.raw["mode"] == "train"} | {"": raw}
+    for name, own in trainings.items():
+        title = f"stages.{name}" if name else "the run itself"
+        missing = sorted({inner for _, inner in needed(own) if not stages[inner].place.is_dir()})
+        if name and stages[name].place.is_dir():
+            log.info("\n%s: made already", title)
+        elif missing:
+            log.info("\n%s: reads %s, not made yet; it is checked when it begins", title, ", ".join(missing))
+            unseen.append(title)
+        else:
+            log.info("\n%s", title)
+            try:
+                launch(validated(begun(resolved({**own, "mode": "check"}, stages))))
+            except OpdError as error:
+                refused.append(of_stage(name, error) if name else error)
+            except SystemExit as error:  # its ranks have said what
+                code = error.code
+    if refused:
+        raise type(refused[0])("\n".join(str(error) for error in refused))
+    if code:
+        sys.exit(code)
+    if unseen:
+        log.info("\nnot checked yet: %s", ", ".join(unseen))
 
 
 def _needless(raw: dict[str, Any], stages: dict[str, Stage]) -> set[str]:
