@@ -141,9 +141,9 @@ def _known_keys() -> dict[str, list[str]]:
 
     for path in sorted(CONF.rglob("*.yaml")):
         group = str(path.parent.relative_to(CONF))
+        keys.setdefault(group, [])
         if group in ("experiment", "tuned"):
             continue  # they set keys that others bring
-        keys.setdefault(group, [])
         loaded = OmegaConf.load(path)
         header = re.search(r"@package (\S+)", path.read_text(encoding="utf-8"))
         package = header[1] if header else group.replace("/", ".")
