@@ -102,6 +102,8 @@ def _explain(error: Exception) -> str:
     if match := re.search(r"Could not override '([^']+)'", text):
         inner = re.search(r"full_key: (\S+)", str(error.__cause__))
         key, known = inner[1] if inner else match[1], _known_keys()
+        if key.startswith("data.sources."):
+            return f"{key}: no such source yet; put a + before the override, which adds it: +{key}…"
         remedy = f"{_listed(known[key])} has it" if known.get(key) else _near(key, sorted(known))
         return f"{key}: unknown key; {remedy}"
     if "Missing mandatory value" in text:
@@ -120,7 +122,7 @@ def _near(word: str, candidates: list[str]) -> str:
     near = get_close_matches(word, candidates, n=1, cutoff=0.6)
     if near:
         return f"did you mean {near[0]}?"
-    return f"choose from {', '.join(candidates)}" if len(candidates) < 20 else "python -m opd --help lists them"
+    return f"choose from {', '.join(candidates)}" if len(candidates) < 60 else "python -m opd --help lists them"
 
 
 def _listed(options: list[str]) -> str:

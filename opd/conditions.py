@@ -6,13 +6,16 @@ Whatever can only be known from a tokenizer or from the rows is refused later, b
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from opd.config import Config, Model, Student, did_you_mean, parse
+from opd.data.origins import is_hub_id
 from opd.data.walk_rules import evaluation_pairs, training_pairs
 from opd.errors import ConfigError
 from opd.methods import METHODS
+from opd.model_conditions import loading_problems
 from opd.protocols import Needs
 
 
@@ -22,7 +25,7 @@ def validated(raw: dict[str, Any]) -> Config:
     if name not in METHODS:
         raise ConfigError(f"method.name={name!r}: unknown method; {did_you_mean(str(name), list(METHODS))}")
     config = parse(raw, METHODS[name].Config)
-    sections = (_mode, _models, _data, _method, _teachers, _batches)
+    sections = (_mode, _models, loading_problems, _data, _method, _teachers, _batches, _lm_tasks, _tracking)
     problems = [problem for section in sections for problem in section(config)]
     if problems:
         raise ConfigError("\n".join(problems))
@@ -103,6 +106,11 @@ def _path(key: str, model: Model, suffix: str = ".path") -> list[str]:
 def _data(config: Config) -> list[str]:
     data = config.data
     if data.name == "walk":
+        unread = [
+            key for key in ("streaming", "sources", "eval_path", "eval_split", "system_prompt") if getattr(data, key)
+        ]
+        if unread:
+            return [f"data.{key}={getattr(data, key)}: data=walk makes its rows; leave it out" for key in unread]
         limits = {"limit": len(training_pairs()), "eval_prompts": len(evaluation_pairs())}
         asked = {key: getattr(data, key) or 0 for key in limits}
         return [
@@ -110,21 +118,69 @@ def _data(config: Config) -> list[str]:
             for key, most in limits.items()
             if asked[key] > most
         ]
-    if data.path is None:
-        return ["data.path=None: data=file reads a file; set data.path"]
-    if Path(data.path).is_dir():
-        return [f"data.path={data.path}: is a folder; name one file in it"]
-    if not Path(data.path).is_file():
-        return [
-            f"data.path={data.path}: no such file (looked from {Path.cwd()}); give a .json .jsonl .csv .parquet .txt"
-        ]
+    where = {f"{key}.path": origin.path for key, origin in data.origins.items()}
+    if not where:
+        return ["data.sources={}: a mixture of nothing; name its parts, +data.sources.NAME.path=… .weight=…"]
+    problems = [line for key, path in where.items() for line in _rows(config, key, path)]
+    if data.eval_path is not None:
+        problems += _rows(config, "data.eval_path", data.eval_path)
+    if data.name != "mixture" and data.sources:
+        problems.append(
+            f"data.sources: data={data.name} has one source; choose data=mixture, or leave data.sources out"
+        )
+    if data.eval_split is not None and data.eval_path is None and data.name != "hub":
+        problem = f"data.eval_split={data.eval_split}: data={data.name} has no splits"
+        problems.append(f"{problem}; set data.eval_path, or set data.eval_split to null")
+    return problems + (_stream(config) if data.streaming and not problems else [])
+
+
+def _rows(config: Config, key: str, path: str | None) -> list[str]:
+    """Whether there is such a file or folder; a hub id is looked up later."""
+    setting, place = f"{key}={path}", Path(path or "").expanduser()
     needs = METHODS[config.method.name](config.method).needs
-    if data.path.endswith(".txt") and needs.completions == "required":
+    if path is None:
+        return [f"{setting}: data={config.data.name} reads rows; set {key} to a file" + _OR_SET[config.data.name]]
+    if config.data.name == "file" and key == "data.path" and place.is_dir():
+        return [f"{setting}: is a folder; name one file in it, or read it as a data set (data=hub)"]
+    if not place.exists() and (config.data.name == "file" or not is_hub_id(path)):
+        kinds = "give a .json .jsonl .csv .parquet .txt" + _OR_SET[config.data.name]
+        return [f"{setting}: no such file (looked from {Path.cwd()}); {kinds}"]
+    if path.endswith(".txt") and (needs.completions == "required" or needs.pairs) and key != "data.eval_path":
         return [
-            f"data.path={data.path}: a .txt file holds prompts only, and {_which(config)} learns from completions; "
+            f"{setting}: a .txt file holds prompts only, and {_which(config)} learns from completions; "
             "give .jsonl rows with `messages`, or choose an on-policy method"
         ]
     return []
+
+
+def _stream(config: Config) -> list[str]:
+    """Whether the run can do with rows that it sees one after the other."""
+    needs, data = METHODS[config.method.name](config.method).needs, config.data
+    setting, method = "data.streaming=true", f"method={config.method.name}"
+    problems = []
+    if data.name == "mixture":
+        problems.append(f"{setting}: data=mixture needs to know how many rows there are; set it to false")
+    if str(data.path).endswith(".json"):
+        problems.append(f"{setting}: data.path={data.path} can only be read whole; write it as .jsonl")
+    if config.train.max_steps is None:
+        problems.append(f"train.max_steps=None: {setting} knows no end of the data; set train.max_steps")
+    if config.train.save_every_epoch:
+        problems.append(f"train.save_every_epoch=true: {setting} knows no passes; set train.save_every_steps instead")
+    if config.mode in ("responses", "scores"):
+        problems.append(f"{setting}: mode={config.mode} goes over all rows; set it to false, and data.limit if need be")
+    kept = any("." in need.model and _holds_scores(config.at(need.model)) for need in needs.teachers.values())
+    if needs.rows is not None:
+        problems.append(f"{setting}: {method} learns from its first {needs.rows} rows; set it to false")
+    if needs.stored_responses or kept or any(need.precompute for need in needs.teachers.values()):
+        problems.append(f"{setting}: {method} looks up what was kept of each row; set it to false")
+    return problems
+
+
+_OR_SET = {"file": "", "hub": ", a data set folder or a hub id", "mixture": ", a data set folder or a hub id"}
+
+
+def _holds_scores(path: str | None) -> bool:
+    return path is not None and (Path(path) / "scores.json").is_file()
 
 
 def _method(config: Config) -> list[str]:
@@ -197,3 +253,25 @@ def _batches(config: Config) -> list[str]:
             f"sequences of a row together; choose a multiple of {together}"
         )
     return problems
+
+
+def _lm_tasks(config: Config) -> list[str]:
+    """Whether lm-eval is there, and the task files that it is given."""
+    tasks = config.evaluation.lm_eval.tasks
+    if not tasks or not (config.trains or config.mode == "eval"):
+        return []
+    if find_spec("lm_eval") is None:
+        return [f"evaluation.lm_eval.tasks={tasks}: needs lm-eval, not installed here; pip install 'opd[eval]'"]
+    files = [name for name in tasks if name.endswith((".yaml", ".yml"))]
+    return [
+        f"evaluation.lm_eval.tasks={name}: no such file (looked from {Path.cwd()}); give a task's YAML file, or a "
+        "task that lm-eval knows by name"
+        for name in files
+        if not Path(name).is_file()
+    ]
+
+
+def _tracking(config: Config) -> list[str]:
+    if config.tracking.backend == "tensorboard" and find_spec("tensorboard") is None:
+        return ["tracking=tensorboard: needs tensorboard, not installed here; pip install 'opd[tensorboard]'"]
+    return []

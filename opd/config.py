@@ -134,12 +134,26 @@ class Data(Origin):
     eval_split: str | None = Field(default=None, description="rows for evaluation from this split of path")
     streaming: bool = Field(default=False, description="read rows as training reaches them; needs train.max_steps")
     shuffle_buffer: PositiveInt = Field(default=10_000, description="rows that a stream is shuffled within")
+    bad_rows: Literal["refuse", "drop"] = Field(default="refuse", description="a row that cannot be read: drop counts")
     system_prompt: str | None = Field(default=None, description="system message of conversations that bring none")
     responses: str | None = Field(default=None, description="folder of answers to the prompts (mode=responses)")
     limit: PositiveInt | None = Field(default=None, description="use only the first rows")
     eval_prompts: Count = Field(description="prompts held out for evaluation")
     max_prompt_length: PositiveInt = Field(description="tokens; a longer prompt is dropped and counted")
     max_completion_length: PositiveInt = Field(description="tokens; a longer data completion is cut and counted")
+
+    @property
+    def origins(self) -> dict[str, Origin]:
+        """Where training rows come from, by the key that says so: data, or data.sources.NAME."""
+        if self.name == "mixture":
+            return {f"data.sources.{name}": self.sources[name] for name in sorted(self.sources)}
+        return {"data": self}
+
+    @property
+    def paths(self) -> dict[str, str]:
+        """Every file, folder or hub id that rows come from, by its key."""
+        named = {f"{key}.path": origin.path for key, origin in self.origins.items()}
+        return {key: path for key, path in {**named, "data.eval_path": self.eval_path}.items() if path is not None}
 
 
 class Hardware(Schema):

@@ -15,6 +15,10 @@ class ConfigError(OpdError):
     exit_code = 2
 
 
+class RowError(ConfigError):
+    """One row of the data cannot be read; data.bad_rows=drop leaves it out."""
+
+
 class RunError(OpdError):
     """The run itself failed (full disk, diverged loss, lost rank); what was saved is still whole."""
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from opd.artifacts.store import Store, source_version
 from opd.config import Config
+from opd.data.templates import template_digest
 from opd.methods import METHODS
 from opd.protocols import Needs, TeacherNeed
 
@@ -35,6 +36,7 @@ _FREE = {
 # Keys that name a file or a folder, beside those of a method.
 _FILES = (
     "data.path",
+    "data.eval_path",
     "data.responses",
     *(f"model.{role}.{key}" for role in ("student", "teacher") for key in ("path", "chat_template")),
 )
@@ -42,10 +44,12 @@ _CODE = (
     "data",
     "distributed.py",
     "loading.py",
+    "model_loading.py",
     "models.py",
     "objectives",
     "precompute.py",
     "protocols.py",
+    "quantization.py",
     "randomness.py",
     "sources",
     "teachers",
@@ -88,7 +92,7 @@ def recipe(
     people who list artefacts.
     """
     parts, inputs = _parts(raw, config), []
-    files = {*_FILES, *(need.model for need in _needs(config).teachers.values())}
+    files = {*_FILES, *config.data.paths, *(need.model for need in _needs(config).teachers.values())}
 
     def content(value: Any, key: str) -> Any:
         if isinstance(value, dict):
@@ -104,6 +108,8 @@ def recipe(
                 return None
             inputs.append(place)
             return place.name
+        if key.endswith(".chat_template"):
+            return template_digest(value)
         if not (path := Path(value).expanduser()).exists():
             return value  # a hub id
         inputs.append(path)

@@ -6,14 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from opd import distributed
-from opd.config import Config, Model
+from opd.config import Config
 from opd.data import DataSet, check_lengths, load_data
 from opd.errors import ConfigError
 from opd.methods import METHODS
-from opd.models import add_lora, causal_lm, check_head, check_packing, disable_dropout, freeze, load_model, load_student
+from opd.model_loading import device_of, load_local_teacher
 from opd.objectives.alignment import alignment_coverage
 from opd.protocols import Method, Needs, TokenSequence
 from opd.sources import Sampling, SequenceSource
@@ -179,28 +176,12 @@ def load_method(config: Config) -> Method:
     return METHODS[config.method.name](config.method)
 
 
-def load_trained_student(config: Config, method: Method) -> Any:
-    """The student on its device, ready to be trained."""
-    student = config.model.student
-    assert student.path is not None
-    model: Any = load_student(student, student.path, dtype=torch.float32)
-    if config.train.packing:
-        check_packing(causal_lm(model), "model.student.path")
-    if not method.needs.student_dropout:
-        disable_dropout(model)
-    if student.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    if student.lora is not None and not hasattr(model, "peft_config"):
-        torch.manual_seed(config.run.seed)
-        model = add_lora(model, student.lora)
-    return model.to(device_of(config))
-
-
 def load_teachers(config: Config, method: Method, texts: Texts, student: Any) -> dict[str, Teacher]:
     """The method's teachers by name, and, under "model.teacher.path", the one that evaluation measures by."""
     needs, folders = method.needs, teacher_folders(config, method.needs)
     local: dict[str, Teacher] = {
-        key: _load_local(config, path, key, texts.teacher_vocabulary) for key, path in folders.models.items()
+        key: load_local_teacher(config, path, key, texts.teacher_vocabulary, student)
+        for key, path in folders.models.items()
     }
     teachers: dict[str, Teacher] = {}
     for name, need in needs.asked(config.mode).items():
@@ -219,17 +200,6 @@ def load_teachers(config: Config, method: Method, texts: Texts, student: Any) ->
         else:
             teachers[name] = local["model.teacher.path" if need.model == "teacher" else need.model]
     return {**local, **teachers}
-
-
-def _load_local(config: Config, path: str, key: str, vocabulary: Vocabulary) -> LocalTeacher:
-    dtype = torch.bfloat16 if config.hardware.precision == "bf16" else torch.float32
-    settings: Model = config.model.teacher
-    model: Any = freeze(load_model(settings, path, key, dtype=dtype))
-    model.to(device_of(config))
-    check_head(model, key)
-    if config.train.packing:
-        check_packing(model, key)
-    return LocalTeacher(model, vocab_size=vocabulary.size, top_k=config.model.teacher.top_k)
 
 
 def _is_fresh_adapter(config: Config) -> bool:
@@ -258,9 +228,3 @@ def make_source(
         seed=config.run.seed,
         text_views=text_views,
     )
-
-
-def device_of(config: Config) -> torch.device:
-    """This rank's device."""
-    kind = config.hardware.device
-    return torch.device(kind, distributed.local_rank()) if kind == "cuda" else torch.device(kind)

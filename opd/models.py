@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -16,25 +17,21 @@ from transformers import (
     PreTrainedModel,
 )
 
-from opd.config import Hardware, LoRA, Model, Student, WalkRecipe
+from opd.config import Hardware, LoRA, Model, WalkRecipe
 from opd.errors import ConfigError
 from opd.protocols import Head, Layout
+from opd.quantization import dequantized, is_quantized, keep_differentiable, quantization_config
 from opd.tokenizers import COMPLETE, base_of_adapter, first_line
 
 Result = TypeVar("Result")
 
 
-def load_student(model: Student, path: str, *, dtype: torch.dtype) -> Any:
-    """The student on the CPU: a model, or a base with the adapter that `path` holds, ready to be trained further."""
+def load_student(model: Model, path: str, *, dtype: torch.dtype, hardware: Hardware) -> Any:
+    """The student: a model, or a base with the adapter that `path` holds, ready to be trained further."""
     key = "model.student.path"
     base = base_of_adapter(path, key)
-    if base is None:
-        loaded = load_model(model, path, key, dtype=dtype)
-        check_head(loaded, key)
-        return loaded
-    loaded = load_model(model, base, key, dtype=dtype)
-    check_head(loaded, key)
-    return _with_adapter(loaded, path, key, is_trainable=True)
+    loaded = load_model(model, base or path, key, dtype=dtype, hardware=hardware)
+    return loaded if base is None else _with_adapter(loaded, path, key, is_trainable=True)
 
 
 def _with_adapter(base: PreTrainedModel, path: str, key: str, *, is_trainable: bool) -> Any:
@@ -46,20 +43,28 @@ def _with_adapter(base: PreTrainedModel, path: str, key: str, *, is_trainable: b
         raise ConfigError(f"{key}={path}: its adapter does not load ({first_line(error)}); {COMPLETE}") from None
 
 
-def load_model(model: Model, path: str, key: str, *, dtype: torch.dtype) -> PreTrainedModel:
-    """The weights, on the CPU; an adapter is merged into its base."""
+def load_model(model: Model, path: str, key: str, *, dtype: torch.dtype, hardware: Hardware) -> PreTrainedModel:
+    """The weights: on the CPU, or, quantized, where they are to compute. An adapter is merged into its base.
+
+    Into quantized weights it is not: what was trained on them would be rounded away.
+    """
     if (base := base_of_adapter(path, key)) is not None:
-        adapted = _with_adapter(load_model(model, base, key, dtype=dtype), path, key, is_trainable=False)
-        return adapted.merge_and_unload()
-    wanted = dtype if model.dtype == "auto" else getattr(torch, model.dtype)
+        whole = load_model(model, base, key, dtype=dtype, hardware=hardware)
+        adapted = _with_adapter(whole, path, key, is_trainable=False)
+        return adapted.get_base_model() if is_quantized(whole) else adapted.merge_and_unload()
+    quantized = {}
+    if model.quantization is not None:
+        quantized["quantization_config"] = quantization_config(model.quantization, compute=compute_dtype(hardware))
+        quantized["device_map"] = {"": torch.cuda.current_device() if hardware.device == "cuda" else hardware.device}
     try:
         loaded, report = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]  a pair with output_loading_info
             path,
             revision=model.revision,
-            dtype=wanted,
+            dtype=dtype,
             attn_implementation=model.attention,
             trust_remote_code=model.trust_remote_code,
             output_loading_info=True,
+            **quantized,
         )
     except Exception as error:  # safetensors, torch and transformers each raise types of their own
         if "attention" in str(error).lower():
@@ -68,7 +73,15 @@ def load_model(model: Model, path: str, key: str, *, dtype: torch.dtype) -> PreT
         raise ConfigError(f"{key}={path}: its weights do not load ({first_line(error)}); {COMPLETE}") from None
     if missing := sorted(report["missing_keys"]):
         raise ConfigError(f"{key}={path}: {len(missing)} weights are not in it, e.g. {missing[0]}; {COMPLETE}")
+    keep_differentiable(loaded)
     return loaded
+
+
+def merged(student: Any, adapter: Path) -> PreTrainedModel:
+    """The student with its adapter, which also lies in that folder, in whole weights. The student is taken apart."""
+    if not is_quantized(causal_lm(student)):
+        return student.merge_and_unload()
+    return _with_adapter(dequantized(student), str(adapter), "run.dir", is_trainable=False).merge_and_unload()
 
 
 def build_walk_model(recipe: WalkRecipe, tokenizer: Any) -> PreTrainedModel:
@@ -133,10 +146,28 @@ def disable_dropout(model: PreTrainedModel) -> None:
                 setattr(holder, name, 0.0)
 
 
+def save_memory(model: Any) -> None:
+    """Keep layers' inputs only, and compute the rest again in the backward pass. Rollouts keep their cache.
+
+    It acts on a model in training mode, and sampling is done in evaluation mode. Non-reentrant: with the base frozen no
+    input of a layer needs a gradient, and the other kind would then leave every adapter without one.
+    """
+    try:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    except ValueError as error:
+        setting = "model.student.gradient_checkpointing=True"
+        raise ConfigError(f"{setting}: not for this model ({first_line(error)}); set it to false") from None
+
+
+def compute_dtype(hardware: Hardware) -> torch.dtype:
+    """What hardware.precision computes in."""
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[hardware.precision]
+
+
 def computing(hardware: Hardware) -> torch.autocast:
     """The precision that training, rollouts and evaluation of the student compute in: autocast, off for fp32."""
-    dtype = torch.float16 if hardware.precision == "fp16" else torch.bfloat16
-    return torch.autocast(hardware.device, dtype=dtype, enabled=hardware.precision != "fp32")
+    enabled = hardware.precision != "fp32"
+    return torch.autocast(hardware.device, dtype=compute_dtype(hardware) if enabled else None, enabled=enabled)
 
 
 def freeze(model: PreTrainedModel) -> PreTrainedModel:
@@ -217,7 +248,8 @@ def check_head(model: PreTrainedModel, key: str) -> None:
     ours = head.finish(nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias).float())
     theirs = model(input_ids=ids, attention_mask=mask).logits.float()
     model.train(training)
-    tolerance = 1e-3 if head.weight.dtype == torch.float32 else 5e-2
+    exact = head.weight.dtype == torch.float32 and not torch.is_autocast_enabled(ids.device.type)
+    tolerance = 1e-3 if exact else 5e-2
     if ours.shape != theirs.shape or not torch.allclose(
         ours, theirs, rtol=tolerance, atol=tolerance * theirs.abs().max().item()
     ):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -23,25 +23,29 @@ from opd.errors import ConfigError
 from opd.evaluate import Evaluator, MethodLoss
 from opd.loading import (
     Texts,
-    device_of,
     load_method,
     load_readers,
     load_teachers,
     load_texts,
-    load_trained_student,
     make_source,
     num_steps,
 )
+from opd.model_loading import device_of, load_trained_student
+from opd.models import causal_lm, merged
 from opd.precompute import keep_logprobs, make_responses, make_scores
 from opd.preflight import Checks, Finding
 from opd.preflight.data import check_data
+from opd.preflight.findings import errors_of
 from opd.preflight.gradient import check_gradient
 from opd.preflight.pair import check_pair
 from opd.protocols import Method
 from opd.recorder import Recorder
 from opd.sources import SequenceSource
-from opd.teachers import LocalTeacher, SelfTeacher, Teacher
+from opd.teachers import LocalTeacher, SelfTeacher, Teacher, WithoutAdapter
 from opd.trainer import DistillationTrainer
+
+if TYPE_CHECKING:  # importing lm-eval takes seconds
+    from opd.lm_tasks import LmTasks
 
 log = logging.getLogger("opd")
 
@@ -58,6 +62,7 @@ class _Run:
     teachers: dict[str, Teacher]
     source: SequenceSource
     evaluator: Evaluator
+    tasks: LmTasks | None
     max_steps: int
     checks: Checks
 
@@ -95,31 +100,33 @@ def _run(loaded: _Run, started: float) -> dict[str, Any]:
     result = work(loaded)
     result["seconds"] = time.perf_counter() - started
     _write_result(loaded, result)
-    if "before" in result:
+    if loaded.config.mode in ("train", "eval"):
         _conclude(loaded, result)
     return result
 
 
 def _experiment(loaded: _Run) -> dict[str, Any]:
-    """Evaluate, train, evaluate again."""
+    """Evaluate, train, evaluate again; or evaluate once."""
     recorder = Recorder(
         loaded.config,
         loaded.folder,
         student=loaded.student,
         tokenizer=loaded.texts.tokenizer,
         evaluator=loaded.evaluator,
+        tasks=loaded.tasks,
         max_steps=loaded.max_steps,
     )
-    result = {"before": loaded.folder.read_result().get("before")}
-    if result["before"] is None:
-        result["before"] = recorder.evaluate(0, "before")
+    first = "before" if loaded.config.mode == "train" else "evaluation"
+    result = {first: loaded.folder.read_result().get(first)}
+    if result[first] is None:
+        result[first] = recorder.evaluate(0, first, loaded.texts.data.counts())
         _write_result(loaded, result)
     if loaded.config.mode == "train":
         result |= _train(loaded, recorder)
         result["after"] = recorder.evaluate(loaded.max_steps, "after")
         if distributed.rank() == 0 and hasattr(loaded.student, "peft_config"):
             _save_merged(loaded)  # last: the reference is the student with its adapter off
-    result["student_parameters"] = sum(parameter.numel() for parameter in loaded.student.parameters())
+    result["student_parameters"] = causal_lm(loaded.student).num_parameters()
     recorder.close(result)
     return result
 
@@ -139,8 +146,11 @@ def _check(config: Config, checks: Checks) -> dict[str, Any]:
     try:
         _load(config, checks)
     except ConfigError as error:
-        refusals = [Finding("config", "error", line) for line in str(error).splitlines()]
-        checks(lambda: refusals)
+        # What the pair's check has found too, of the same key, is told once.
+        told = {finding.what.partition("=")[0] for finding in errors_of(checks.findings)}
+        lines = [line for line in str(error).splitlines() if line.partition("=")[0] not in told]
+        refusals = [Finding("config", "error", line) for line in lines]
+        checks(lambda: [*refusals, Finding("config", "note", "nothing beyond this refusal is checked yet")])
     checks.tell()
     checks.conclude()
     return {}
@@ -154,6 +164,7 @@ def _load(config: Config, checks: Checks) -> _Run:
     texts = load_texts(config, method, readers)
     checks(lambda: check_data(config, method, texts))
     checks.enforce()
+    tasks = _lm_tasks(config, texts)
     student = None if config.mode == "scores" else load_trained_student(config, method)
     teachers = load_teachers(config, method, texts, student)
     source = make_source(
@@ -179,7 +190,16 @@ def _load(config: Config, checks: Checks) -> _Run:
         objective=_objective(config, method, texts, source, teachers),
     )
     steps = num_steps(config, texts.data)
-    return _Run(config, folder, method, texts, student, teachers, source, evaluator, steps, checks)
+    return _Run(config, folder, method, texts, student, teachers, source, evaluator, tasks, steps, checks)
+
+
+def _lm_tasks(config: Config, texts: Texts) -> LmTasks | None:
+    """The tasks of lm-eval, if any are asked for and something is evaluated."""
+    if not config.evaluation.lm_eval.tasks or not (config.trains or config.mode == "eval"):
+        return None
+    from opd.lm_tasks import LmTasks  # noqa: PLC0415  seconds, and an extra
+
+    return LmTasks(config, texts.tokenizer)
 
 
 def _objective(
@@ -240,7 +260,7 @@ def _save_final(loaded: _Run) -> None:
 
 def _save_merged(loaded: _Run) -> None:
     """final_model/ of a student with LoRA; its adapter is gone then."""
-    loaded.student = loaded.student.merge_and_unload()
+    loaded.student = merged(loaded.student, loaded.folder.path / "final_adapter")
     _save(loaded, loaded.student, "final_model")
 
 
@@ -260,7 +280,11 @@ def _write_result(loaded: _Run, result: dict[str, Any]) -> None:
 def _conclude(loaded: _Run, result: dict[str, Any]) -> None:
     """The table and the report."""
     if distributed.rank() == 0:
-        log.info("%s\n", format_table(before_after_table(result["before"], result.get("after", {}))))
+        if loaded.config.mode == "eval":
+            table = format_table(before_after_table(result["evaluation"], {}), ("value",))
+        else:
+            table = format_table(before_after_table(result["before"], result["after"]))
+        log.info("%s\n", table)
         report = write_report(loaded.folder.path)
         log.info("report  %s  (%.0f s)", report, result["seconds"])
     distributed.barrier()
@@ -272,7 +296,7 @@ def _introduce(loaded: _Run) -> None:
     if distributed.rank() > 0:
         return
     models = {"student": config.model.student.path, "teacher": config.model.teacher.path}
-    record = provenance(seed=config.run.seed, models=models, data=config.data.path)
+    record = provenance(seed=config.run.seed, models=models, data=config.data.paths)
     folder.write_json("provenance.json", {**record, "data": loaded.texts.data.summary})
     log.info("%s\n", banner(config, _facts(loaded)))
     lost = {name: count for name, count in loaded.texts.data.summary.items() if name not in ("rows", "kept") and count}
@@ -313,7 +337,7 @@ def _facts(loaded: _Run) -> dict[str, str]:
 def _model_line(path: str | None, model: Any) -> str:
     if model is None:
         return f"{path} (its tokenizer)"
-    return f"{path} ({type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters)"
+    return f"{path} ({type(model).__name__}, {causal_lm(model).num_parameters():,} parameters)"
 
 
 def _coverage_line(found: dict[str, float]) -> str:
@@ -329,6 +353,8 @@ def _coverage_line(found: dict[str, float]) -> str:
 def _teacher_line(name: str, teacher: Teacher) -> str:
     if isinstance(teacher, LocalTeacher):
         name = "" if name in ("teacher", "model.teacher.path") else f"{name} "
+        if isinstance(teacher.model, WithoutAdapter):
+            return f"{name}{teacher.model.name_or_path} (the student with its adapter off)"
         return name + _model_line(teacher.model.name_or_path, teacher.model)
     return f"{name} ({'the student itself' if isinstance(teacher, SelfTeacher) else 'kept scores'})"
 

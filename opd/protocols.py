@@ -272,6 +272,8 @@ class Needs:
     ids. `label_states`: the student's and teachers' scores are wanted at the labels' own positions instead of those
     that predict them. `privileged`: the teacher's prompt holds what the student does not see.
     `prompt_loss`: the prompt's tokens are targets too.
+    `fixed_point`: a teacher equal to the student leaves nothing to learn: the gradient is zero then.
+    `surrogate`: the loss holds the student itself as a constant, so that its value does not follow its gradient.
     """
 
     teachers: dict[str, TeacherNeed] = field(default_factory=dict)
@@ -287,6 +289,8 @@ class Needs:
     label_states: bool = False
     privileged: Privileged | None = None
     prompt_loss: bool = False
+    fixed_point: bool = False
+    surrogate: bool = False
     student_dropout: bool = False
     num_substeps: int = 1
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
@@ -18,6 +19,9 @@ from opd.evaluate import Evaluator, row_scores
 from opd.protocols import TokenSequence
 from opd.window import Window
 
+if TYPE_CHECKING:  # importing lm-eval takes seconds
+    from opd.lm_tasks import LmTasks
+
 log = logging.getLogger("opd")
 _RECORDED_ANSWERS = 8  # greedy answers to evaluation prompts, kept before and after
 _SHOWN_ANSWERS = 3
@@ -27,29 +31,45 @@ class Recorder(TrainerCallback):
     """Hears of every logged step and evaluates between steps. Every rank has one; rank 0 writes."""
 
     def __init__(
-        self, config: Config, folder: RunFolder, *, student: Any, tokenizer: Any, evaluator: Evaluator, max_steps: int
+        self,
+        config: Config,
+        folder: RunFolder,
+        *,
+        student: Any,
+        tokenizer: Any,
+        evaluator: Evaluator,
+        tasks: LmTasks | None,
+        max_steps: int,
     ) -> None:
         self._config, self._folder, self._max_steps = config, folder, max_steps
-        self._student, self._tokenizer, self._evaluator = student, tokenizer, evaluator
+        self._student, self._tokenizer, self._evaluator, self._tasks = student, tokenizer, evaluator, tasks
         self._writes = distributed.rank() == 0
         self._tracker = Tracker(config, folder.path) if self._writes else None
         self._progress: Progress | None = None
 
-    def evaluate(self, step: int, phase: str) -> dict[str, float]:
-        """Evaluate before ("before") or after ("after") training: metrics, scores and answers are kept, some shown."""
+    def evaluate(self, step: int, phase: str, told: Mapping[str, float] | None = None) -> dict[str, float]:
+        """Evaluate "before" or "after" training, or as an "evaluation" alone: all is kept, some answers are shown.
+
+        `told`: what else stands in its line of metrics.jsonl.
+        """
         metrics, samples, scores = self._evaluator(self._student)
         parts = distributed.gather(scores)
         if self._writes and metrics:
-            lines = (json.dumps({name: _strict(value) for name, value in row.items()}) for row in row_scores(parts))
-            self._folder.write(f"scores-{phase}.jsonl", "".join(f"{line}\n" for line in lines))
-        self._write(step, {f"eval/{name}": value for name, value in metrics.items()})
+            self._write_lines(f"scores-{phase}.jsonl", row_scores(parts))
+        if self._tasks is not None:
+            tasks, documents = self._tasks(self._student)
+            metrics = metrics | tasks
+            if self._writes:
+                self._write_lines(f"lm_eval-{phase}.jsonl", documents)
+        self._write(step, {**(told or {}), **{f"eval/{name}": value for name, value in metrics.items()}})
         if self._writes and samples:
             for sample in samples[:_RECORDED_ANSWERS]:
                 self._folder.append("samples.jsonl", {"step": step, "phase": phase, "origin": "student", **sample})
             answers = [
                 f"  {sample['prompt']!r}\n    -> {sample['completion']!r}" for sample in samples[:_SHOWN_ANSWERS]
             ]
-            log.info("Samples %s training (greedy):\n%s\n", phase, "\n".join(answers))
+            when = "" if phase == "evaluation" else f" {phase} training"
+            log.info("Samples%s (greedy):\n%s\n", when, "\n".join(answers))
         return metrics
 
     def on_step(self, step: int, metrics: dict[str, float], window: Window) -> None:
@@ -88,6 +108,10 @@ class Recorder(TrainerCallback):
             self._folder.append("metrics.jsonl", {"step": step, **metrics})
             self._tracker.record(step, metrics)
 
+    def _write_lines(self, name: str, records: Iterable[Mapping[str, Any]]) -> None:
+        lines = (json.dumps({k: _strict(v) for k, v in record.items()}, default=str) for record in records)
+        self._folder.write(name, "".join(f"{line}\n" for line in lines))
+
     def _sample(self, sequence: TokenSequence) -> dict[str, Any]:
         ids = sequence.completion_ids
         return {
@@ -98,6 +122,6 @@ class Recorder(TrainerCallback):
         }
 
 
-def _strict(value: float) -> float | str:
+def _strict(value: Any) -> Any:
     """NaN and infinities as strings: JSON has no word for them."""
-    return value if math.isfinite(value) else str(value)
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from opd.config import Model
+from opd.data.templates import set_template
 from opd.errors import ConfigError
 
 COMPLETE = "give a complete folder, as save_pretrained of model and tokenizer write it"
@@ -34,20 +34,21 @@ def load_tokenizer(model: Model, path: str, key: str) -> PreTrainedTokenizerBase
             path, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
     except Exception as error:  # it reads config.json too, whose checks raise types of their own
+        _refuse_code(error, path, key)
         raise ConfigError(f"{key}={path}: no tokenizer loads from it ({first_line(error)}); {COMPLETE}") from None
     # Without tokenizer files transformers makes a tokenizer of a few special tokens.
     if set(tokenizer("a", add_special_tokens=False)["input_ids"]) <= set(tokenizer.all_special_ids):
         raise ConfigError(f"{key}={path}: no tokenizer lies there; {COMPLETE}")
-    if model.chat_template is not None:
-        template, setting = Path(model.chat_template), f"{key.rsplit('.', 1)[0]}.chat_template={model.chat_template}"
-        if not template.is_file():
-            raise ConfigError(f"{setting}: no such file (looked from {Path.cwd()}); name a file with a Jinja template")
-        tokenizer.chat_template = template.read_text(encoding="utf-8")
-        try:
-            tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
-        except jinja2.TemplateSyntaxError as error:
-            raise ConfigError(f"{setting}: not a Jinja template (line {error.lineno}: {error}); mend it") from None
+    set_template(tokenizer, model.chat_template, model.thinking, f"{key.rsplit('.', 1)[0]}.")
     return tokenizer
+
+
+def _refuse_code(error: Exception, path: str, key: str) -> None:
+    """Raise ConfigError if it was code that the model brings which stood in the way."""
+    if "trust_remote_code" in str(error):
+        setting = f"{key.rsplit('.', 1)[0]}.trust_remote_code"
+        problem = "needs Python code that it brings (auto_map in its config), and that is not run unasked"
+        raise ConfigError(f"{key}={path}: {problem}; read that code, then set {setting}=true") from None
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ def read_shape(model: Model, path: str, key: str) -> Shape:
     try:
         config = AutoConfig.from_pretrained(path, revision=model.revision, trust_remote_code=model.trust_remote_code)
     except Exception as error:
+        _refuse_code(error, path, key)
         raise ConfigError(
             f"{key}={path}: its config.json is of no model that transformers knows ({first_line(error)}); "
             "choose another folder, or upgrade transformers"

@@ -26,7 +26,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from opd import distributed
 from opd.config import Config
 from opd.errors import RunError
-from opd.loading import device_of
+from opd.model_loading import device_of
 from opd.models import attach_objective, causal_lm, computing, evaluation_mode, predicting_states, read_head
 from opd.objectives import token_logprobs
 from opd.protocols import Dense, ExampleSet, Layout, Method, Terms

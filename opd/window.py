@@ -15,6 +15,7 @@ from torch import Tensor
 
 from opd import distributed
 from opd.config import Config
+from opd.data import StreamedExamples
 from opd.data.collate import lay_out
 from opd.protocols import Batch, Example, ExampleSet, Layout, Method, TokenSequence, TokenView
 from opd.randomness import permutation
@@ -40,14 +41,27 @@ class Window:
 class RowOrder:
     """Which row the n-th prompt of the run is: pass after pass over the data, each in an order of its own.
 
-    The last step of the last pass is filled from the next one, so that every step has the same number of prompts.
+    The last step of the last pass is filled from the next one, so that every step has the same number of prompts. A
+    stream brings an order of its own.
     """
 
     def __init__(self, examples: ExampleSet, seed: int) -> None:
         self._examples, self._seed = examples, seed
         self._passes: dict[int, np.ndarray] = {}
 
+    def rows(self, numbers: range) -> tuple[list[tuple[int, Example]], Metrics]:
+        """The rows of these numbers, and of a stream what share of what was read for them was dropped or cut."""
+        if not isinstance(self._examples, StreamedExamples):
+            return [(number, self[number]) for number in numbers], {}
+        streamed = [self._examples.at(number) for number in numbers]
+        read = float(sum(row.read for row in streamed))
+        dropped, truncated = sum(row.dropped for row in streamed), sum(row.truncated for row in streamed)
+        lost = {"data/dropped_fraction": (float(dropped), read), "data/truncated_fraction": (float(truncated), read)}
+        return list(zip(numbers, (row.example for row in streamed), strict=True)), lost
+
     def __getitem__(self, number: int) -> Example:
+        if isinstance(self._examples, StreamedExamples):
+            return self._examples[number]
         epoch, position = divmod(number, len(self._examples))
         if epoch not in self._passes:
             self._passes = {epoch: permutation(len(self._examples), self._seed, "row_order", epoch)}
@@ -175,8 +189,10 @@ class WindowBuilder:
         for substep in range(self._method.needs.num_substeps):
             first = (step + substep) * self._batch_size + distributed.rank() * self._prompts_per_rank
             numbers = range(first, first + self._prompts_per_rank)
-            sequences, sampled = self._source.sequences([(number, self._order[number]) for number in numbers])
-            made.append((sequences, *_rollout_metrics(sequences, sampled)))
+            rows, lost = self._order.rows(numbers)
+            sequences, sampled = self._source.sequences(rows)
+            metrics, tokens = _rollout_metrics(sequences, sampled)
+            made.append((sequences, {**metrics, **_summed(lost)}, tokens))
         if self._method.needs.window:
             everything = [sequence for sequences, _, _ in made for sequence in sequences]
             self._score(everything)
@@ -209,6 +225,15 @@ def _num_loss_tokens(sequences: Sequence[TokenSequence]) -> float:
 def _total(counts: dict[str, float]) -> dict[str, float]:
     summed = distributed.total(torch.tensor(list(counts.values()), dtype=torch.float64))
     return dict(zip(counts, summed.tolist(), strict=True))
+
+
+def _summed(metrics: Metrics) -> Metrics:
+    """The metrics of this rank, over all ranks."""
+    if not metrics:
+        return {}
+    above = _total({name: pair[0] for name, pair in metrics.items()})
+    below = _total({name: pair[1] for name, pair in metrics.items()})
+    return {name: (above[name], below[name]) for name in metrics}
 
 
 def _rollout_metrics(

@@ -230,16 +230,17 @@ def _is_run(folder: Path) -> bool:
 
 
 def _run(record: RunRecord) -> Run:
-    before, after = (record.result.get(phase) for phase in ("before", "after"))
+    trained = bool(record.result.get("after"))
+    phases = ("before", "after") if trained else ("evaluation", "")
+    before, after = (record.result.get(phase) for phase in phases)
     rows = before_after_table(*(side if isinstance(side, Mapping) else {} for side in (before, after)))
-    trained = bool(after)
     stages = _stages(record.folder / STAGES)
     leaves = _with_stages(flatten(record.config), stages)
     return Run(
         record,
         leaves,
         seed=int(to_number(leaves.get("run.seed")) or 0),
-        phase="after" if trained else "before",
+        phase="after" if trained else "evaluation",
         before={row.metric: row.before for row in rows if row.before is not None} if trained else {},
         scores={row.metric: v for row in rows if (v := row.after if trained else row.before) is not None},
         upstream_seconds=_upstream_seconds(stages),

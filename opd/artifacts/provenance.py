@@ -28,8 +28,11 @@ _PACKAGES = (
 _WHOLE_FILE_BYTES = 2**30
 
 
-def provenance(*, seed: int, models: dict[str, str | None], data: str | None) -> dict[str, Any]:
-    """A nested dict, ready for JSON. Hashes are of local files; a hub id is its own address."""
+def provenance(*, seed: int, models: dict[str, str | None], data: dict[str, str]) -> dict[str, Any]:
+    """A nested dict, ready for JSON. Hashes are of local files; a hub id is its own address.
+
+    `data`: files, folders and hub ids by the key that names each; data.path is called data.
+    """
     return {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join([Path(sys.executable).name, "-m", "opd", *sys.argv[1:]]),
@@ -39,7 +42,7 @@ def provenance(*, seed: int, models: dict[str, str | None], data: str | None) ->
         "seeds": {"run.seed": seed},
         "hashes": {
             **{name: folder_hash(Path(path)) for name, path in models.items() if path},
-            **({"data": file_hash(Path(data))} if data else {}),
+            **{key.removesuffix(".path"): data_hash(Path(path).expanduser()) for key, path in data.items()},
         },
     }
 
@@ -59,6 +62,16 @@ def file_hash(path: Path) -> str:
         file.seek(-(2**20), os.SEEK_END)
         digest.update(file.read())
     return "ends:" + digest.hexdigest()
+
+
+def data_hash(path: Path) -> dict[str, str] | str:
+    """sha256 of a file, or of every file of a folder by its name in it; for a hub id, a word that says so."""
+    if path.is_dir():
+        files = (file for file in sorted(path.rglob("*")) if file.is_file())
+        named = {file.relative_to(path): file for file in files}
+        hidden = {name for name in named if any(part.startswith(".") for part in name.parts)}
+        return {name.as_posix(): file_hash(file) for name, file in named.items() if name not in hidden}
+    return file_hash(path) if path.is_file() else "not a local file; see data.*.revision"
 
 
 def folder_hash(path: Path) -> dict[str, str] | str:

@@ -97,6 +97,7 @@ def _context(record: RunRecord) -> dict[str, Any]:
         "started": _text(record.provenance.get("started", "")),
         "finished": record.finished,
         "status": _status(record),
+        "evaluation_only": _only_evaluates(record),
         "problems": record.problems,
         "headers": headers,
         "rows": rows,
@@ -112,17 +113,25 @@ def _context(record: RunRecord) -> dict[str, Any]:
     }
 
 
+def _only_evaluates(record: RunRecord) -> bool:
+    return record.config.get("mode") == "eval"
+
+
 def _status(record: RunRecord) -> str:
     step = record.last_step
+    if _only_evaluates(record):
+        return "evaluation only, finished" if record.finished else "evaluation only, interrupted"
     if record.finished:
         return "finished" if step is None else f"finished at step {step:,}"
     return "interrupted before the first logged step" if step is None else f"interrupted at step {step:,}"
 
 
-def _results(record: RunRecord) -> tuple[tuple[str, str], list[MetricRow]]:
-    """The two column names and the rows; an interrupted run shows its evaluations during training."""
+def _results(record: RunRecord) -> tuple[tuple[str, ...], list[MetricRow]]:
+    """The column names and the rows; an interrupted run shows its evaluations during training."""
+    if _only_evaluates(record):
+        return ("value",), before_after_table(_section(record.result, "evaluation"), {})
     before, after = _section(record.result, "before"), _section(record.result, "after")
-    headers = ("before", "after")
+    headers: tuple[str, ...] = ("before", "after")
     if not after:
         keys = dict.fromkeys(key for line in record.metrics for key in line if key.startswith("eval/"))
         curves = {key.removeprefix("eval/"): points for key in keys if (points := series(record.metrics, key))}
@@ -144,7 +153,7 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
     facts = [
         ("wall time", _duration(seconds)),
         ("of it training", _duration(training)),
-        ("optimizer steps", "" if record.last_step is None else f"{record.last_step:,}"),
+        ("optimizer steps", "" if not record.last_step else f"{record.last_step:,}"),
         ("median step", _duration(statistics.median(paces)) if paces else ""),
         ("training tokens", _quantity(tokens)),
         ("tokens per second", _quantity(tokens / training) if tokens and training else ""),
@@ -155,7 +164,7 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
 
 def _pairs(samples: list[dict[str, Any]]) -> list[SamplePair]:
     """The first prompts of the file, never the best ones: a report that picks its examples shows nothing."""
-    before, after = _first_by_prompt(samples, "before"), _first_by_prompt(samples, "after")
+    before, after = _first_by_prompt(samples, "before", "evaluation"), _first_by_prompt(samples, "after")
     prompts = list(dict.fromkeys([*before, *after]))
     prompts.sort(key=lambda prompt: not (prompt in before and prompt in after))
     pairs = []
@@ -166,10 +175,10 @@ def _pairs(samples: list[dict[str, Any]]) -> list[SamplePair]:
     return pairs
 
 
-def _first_by_prompt(samples: list[dict[str, Any]], phase: str) -> dict[str, Sample]:
+def _first_by_prompt(samples: list[dict[str, Any]], *phases: str) -> dict[str, Sample]:
     chosen: dict[str, Sample] = {}
     for line in samples:
-        if line.get("phase") == phase:
+        if line.get("phase") in phases:
             sample = _sample(line)
             chosen.setdefault(sample.prompt, sample)
     return chosen

@@ -12,7 +12,9 @@ Direction = Literal["higher", "lower", "neutral"]
 Verdict = Literal["better", "worse", "same", "undefined", ""]
 
 _HIGHER = {"success", "recovery", "optimal", "match", "agreement", "accuracy", "acc"}
-_LOWER = {"kl", "loss", "nll", "perplexity"}
+_HIGHER |= {"f1", "em", "mcc", "bleu", "chrf", "rouge", "rouge1", "rouge2", "pass"}  # what lm-eval's tasks report
+_LOWER = {"kl", "loss", "nll", "perplexity", "bits", "brier", "ter"}
+_TASK = re.compile(r"(^|.*/)lm_eval/[^/]*/")  # a task's own name may hold any of these words
 # What a reader looks for first; anything else follows in the order it was recorded.
 _ORDER = (
     "success",
@@ -57,7 +59,7 @@ class MetricRow:
 
 def direction_of(metric: str) -> Direction:
     """Which way is better, by the words of the name: `forward_kl` lower, `success_greedy` higher."""
-    words = set(re.split(r"[^a-z0-9]+", metric.lower()))
+    words = set(re.split(r"[^a-z0-9]+", _TASK.sub("", metric.lower())))
     if "stderr" in words:
         return "neutral"
     if words & _LOWER:
@@ -73,13 +75,14 @@ def before_after_table(before: Mapping[str, Any], after: Mapping[str, Any]) -> l
     return [_row(name, left.get(name), right.get(name)) for name in names]
 
 
-def format_table(rows: Sequence[MetricRow], headers: tuple[str, str] = ("before", "after")) -> str:
-    """Plain text in aligned columns, with a line that explains the arrows."""
+def format_table(rows: Sequence[MetricRow], headers: tuple[str, ...] = ("before", "after")) -> str:
+    """Plain text in aligned columns, with a line that explains the arrows. One header: the first side alone."""
     if not rows:
         return "no metrics recorded"
-    lines = [("metric", *headers, "difference", "")]
-    lines += [(f"{row.metric} {row.arrow}".rstrip(), *row.cells, row.verdict) for row in rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(4)]
+    shown = slice(3) if len(headers) > 1 else slice(1)
+    lines = [("metric", *(*headers, "difference")[shown], "")]
+    lines += [(f"{row.metric} {row.arrow}".rstrip(), *row.cells[shown], row.verdict) for row in rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]) - 1)]
     text = []
     for name, *numbers, verdict in lines:
         cells = [number.rjust(width) for number, width in zip(numbers, widths[1:], strict=True)]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opd.config import Config, Data
-from opd.data.files import FileExamples, load_examples, split_evaluation
+from opd.data.files import FileExamples
+from opd.data.own import load_own
+from opd.data.rendering import Rendering
 from opd.data.responses import with_responses
+from opd.data.stream import StreamedExamples as StreamedExamples
 from opd.data.walk import PAIRED, WalkTask
 from opd.data.walk_rules import training_pairs
 from opd.errors import ConfigError
@@ -32,6 +35,10 @@ class DataSet:
     probes: dict[str, Sequence[Example]] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
 
+    def counts(self) -> dict[str, float]:
+        """The summary as metrics: data/kept, data/dropped_prompt_too_long, data/sources_chat_used, ..."""
+        return dict(_flat(self.summary, "data/"))
+
 
 def load_data(
     config: Config,
@@ -46,8 +53,7 @@ def load_data(
     `teacher_tokenizer`: the teacher's, where it is another one; rows then hold the teacher's prompt in its ids. Refuses
     fewer rows than a step needs.
     """
-    load = {"walk": _walk, "file": _file}[config.data.name]
-    data = load(config, tokenizer, needs, stop_ids, teacher_tokenizer)
+    data = (_walk if config.data.name == "walk" else _own)(config, tokenizer, needs, stop_ids, teacher_tokenizer)
     if needs.rows is not None and needs.rows < len(data.train):
         first = FileExamples([data.train[row] for row in range(needs.rows)], {})
         data = replace(data, train=first, summary={**data.summary, "first_rows_only": needs.rows})
@@ -63,17 +69,30 @@ def load_data(
     return data
 
 
+def _flat(told: dict[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
+    for name, value in told.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}_")
+        elif not isinstance(value, str):
+            yield f"{prefix}{name}", float(value)
+
+
 def check_lengths(config: Config, data: DataSet, needs: Needs, max_positions: dict[str, int | None]) -> None:
     """Refuse sequences longer than a model was made for: beyond its positions it computes, but not sense.
 
-    `max_positions`: {key of the model's path: its limit}.
+    `max_positions`: {key of the model's path: its limit}. Of a stream's rows only the limits are known.
     """
-    rows = [data.train[row] for row in range(len(data.train))] + list(data.evaluation)
+    is_stream = isinstance(data.train, StreamedExamples)
+    rows = [] if is_stream else [data.train[row] for row in range(len(data.train))]
+    rows += data.evaluation
     samples = needs.rollouts or config.mode == "responses" or data.evaluation
     sampled = config.rollout.max_completion_tokens if samples else 0
     if data.evaluation:
         sampled = max(sampled, config.evaluation.max_completion_tokens or 0)
-    longest = max(_longest_prompt(row) + max(_longest_answer(row), sampled) for row in rows)
+    longest = max((_longest_prompt(row) + max(_longest_answer(row), sampled) for row in rows), default=0)
+    if is_stream:
+        answer = 0 if needs.completions == "unused" else config.data.max_completion_length
+        longest = max(longest, config.data.max_prompt_length + max(answer, sampled))
     for key, limit in max_positions.items():
         if limit is not None and longest > limit:
             raise ConfigError(
@@ -127,37 +146,26 @@ def _check_variant(config: Config, needs: Needs) -> None:
         raise ConfigError(f"data.variant={variant}: method={method} needs a hint for its teacher; use data=walk_hint")
 
 
-def _file(
+def _own(
     config: Config,
     tokenizer: PreTrainedTokenizerBase,
     needs: Needs,
     stop_ids: frozenset[int],
     teacher_tokenizer: PreTrainedTokenizerBase | None,
 ) -> DataSet:
-    settings = config.data
-    assert settings.path is not None
-    examples = load_examples(
-        Path(settings.path),
+    rendering = Rendering(
         tokenizer,
         # Held-out rows are scored by their completions, so that methods that do not learn from them can be compared.
-        needs=replace(needs, completions="optional") if needs.completions == "unused" else needs,
-        stop_ids=stop_ids,
-        teacher_tokenizer=teacher_tokenizer,
-        limit=settings.limit,
-        max_prompt_length=settings.max_prompt_length,
-        max_completion_length=settings.max_completion_length,
-        columns={ours: theirs for ours, theirs in settings.columns.items() if theirs is not None},
+        replace(needs, completions="optional") if needs.completions == "unused" else needs,
+        stop_ids,
+        config.data.max_prompt_length,
+        config.data.max_completion_length,
+        teacher_tokenizer,
+        config.data.system_prompt,
+        config.data.bad_rows == "drop",
     )
-    if needs.rollouts and (promptless := next((e for e in examples if not e.prompt_ids), None)):
-        raise ConfigError(
-            f"data.path={settings.path} row {promptless.row}: running text has no prompt to complete; "
-            "give it a `prompt` or `messages` column"
-        )
-    train, evaluation = examples, []
-    if settings.eval_prompts:
-        train, held_out = split_evaluation(examples, settings.eval_prompts, config.run.seed, key="data.eval_prompts")
-        evaluation = [held_out[row] for row in range(len(held_out))]
-    return DataSet(train, evaluation, _exact_match(tokenizer, stop_ids), summary=examples.summary)
+    train, evaluation, summary = load_own(config, rendering)
+    return DataSet(train, evaluation, _exact_match(tokenizer, stop_ids), summary=summary)
 
 
 def _exact_match(tokenizer: PreTrainedTokenizerBase, stop_ids: frozenset[int]) -> Score:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from opd.errors import ConfigError
+from opd.errors import ConfigError, RowError
 
 LAYOUTS = (
     frozenset({"messages"}),
@@ -71,9 +71,28 @@ def without_completion(fields: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def row_refusal(place: str, problem: str, remedy: str) -> ConfigError:
+def with_system_prompt(fields: Mapping[str, Any], system_prompt: str | None) -> dict[str, Any]:
+    """The row with this system message before a conversation that brings none; `prompt` may be a string.
+
+    A conversation that says nothing stays as it is: it is to be refused, not to be answered.
+    """
+    row = dict(fields)
+    if system_prompt is None:
+        return row
+    for column in ("messages", "prompt", "teacher_messages"):
+        value = row.get(column)
+        messages = [{"role": "user", "content": value}] if isinstance(value, str) and column == "prompt" else value
+        if not isinstance(messages, list | tuple) or not all(isinstance(m, Mapping) for m in messages):
+            continue
+        says_something = any(str(message.get("content") or "").strip() for message in messages)
+        if says_something and messages[0].get("role") not in ("system", "developer"):
+            row[column] = [{"role": "system", "content": system_prompt}, *messages]
+    return row
+
+
+def row_refusal(place: str, problem: str, remedy: str) -> RowError:
     """The error to raise for a row, in one line whatever line breaks its values hold."""
-    return ConfigError(" ".join(f"{place}: {problem}; {remedy}".split()))
+    return RowError(" ".join(f"{place}: {problem}; {remedy}".split()))
 
 
 def _prompt_and_completion(fields: Mapping[str, Any], place: str) -> tuple[list[Message], int]:

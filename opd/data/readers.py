@@ -7,7 +7,7 @@ import difflib
 import itertools
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,30 +42,48 @@ class Rows(list[Row]):
 def read_rows(path: Path, *, limit: int | None, key: str = "data.path") -> Rows:
     """The rows of a .json, .jsonl, .csv, .parquet or .txt file: the first `limit` (1 or more), or all.
 
+    `iterate_rows` says how they are read. Raises ConfigError, in one line.
+    """
+    rows = Rows()
+    for row in first_rows(iterate_rows(path, key=key), limit):
+        if row is None:
+            rows.blank_lines += 1
+        else:
+            rows.append(row)
+    return rows
+
+
+def iterate_rows(path: Path, *, key: str = "data.path") -> Iterator[Row | None]:
+    """The rows of a file, each read when it is asked for (of a .json all at once); None stands for a blank line.
+
     Text is UTF-8, with or without a byte order mark. Cells of a .csv are strings ("007" stays "007"); a line
     of a .txt is {"prompt": line}. `key` is the config key that named the file. Raises ConfigError, in one
-    line.
+    line, for what is wrong with it and for a file without a row.
     """
-    path = Path(path)
+    path, is_empty = Path(path), True
     try:
         _check_readable(path, key)
-        rows = Rows()
         for number, fields in _READERS[path.suffix.lower()](path, key):
-            if fields is None:
-                rows.blank_lines += 1
-                continue
-            rows.append(Row(number, fields))
-            if len(rows) == limit:
-                break
+            is_empty = is_empty and fields is None
+            yield None if fields is None else Row(number, fields)
     except UnicodeDecodeError as error:
         line = _first_line_that_is_not_utf8(path)
         raise _refusal(key, path, f"line {line} is not UTF-8", "save the file as UTF-8 (iconv can)") from error
     except OSError as error:
         reason = error.strerror or str(error)
         raise _refusal(key, path, f"cannot be read ({reason})", "check the path and its permissions") from error
-    if not rows:
+    if is_empty:
         raise _refusal(key, path, "the file has no rows", "give a file with at least one")
-    return rows
+
+
+def first_rows(rows: Iterable[Row | None], limit: int | None) -> Iterator[Row | None]:
+    """The rows up to the `limit`-th (blank lines do not count); nothing behind it is read."""
+    taken = 0
+    for row in rows:
+        yield row
+        taken += row is not None
+        if taken == limit:
+            return
 
 
 def _refusal(key: str, path: Path, problem: str, remedy: str) -> ConfigError:

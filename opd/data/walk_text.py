@@ -18,7 +18,12 @@ def prompt_token_ids(tokenizer: PreTrainedTokenizerBase, start: int, goal: int, 
 
 
 def chat(tokenizer: PreTrainedTokenizerBase, content: str) -> str:
-    """The conversation in which the user has said this and the assistant is about to answer."""
+    """The conversation in which the user has said this and the assistant is about to answer. Raises ConfigError."""
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            f"data=walk: the tokenizer of {tokenizer.name_or_path} has no chat template, through which the walk asks; "
+            "set model.student.chat_template=chatml"
+        )
     messages = [{"role": "user", "content": content}]
     return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 

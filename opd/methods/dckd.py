@@ -54,7 +54,8 @@ class DCKD(Method):
             "method.dpo_teacher" if config.dpo_teacher else "teacher",
             kinds=tuple(kind for kind, weight in weights.items() if weight),
         )
-        return Needs({"dpo_teacher": teacher}, sequences=("chosen", "rejected"))
+        only_distils = config.sft_on_chosen == 0 and not config.released_quirks  # bounds have a gradient of their own
+        return Needs({"dpo_teacher": teacher}, sequences=("chosen", "rejected"), fixed_point=only_distils)
 
     def loss(self, student: Dense, teachers: dict[str, Scores], batch: Batch) -> Terms:
         """(w_sft Σ NLL + w Σ KL) / chosen_tokens + w Σ KL / rejected_tokens."""

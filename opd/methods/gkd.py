@@ -34,6 +34,7 @@ class GKD(Method):
             teachers={"teacher": TeacherNeed("dense" if config.kd_temperature != 1 else "any")},
             completions="unused" if config.lmbda == 1 or config.seq_kd else "required",
             rollouts=config.lmbda > 0 or config.seq_kd,
+            fixed_point=True,
         )
 
     def origin(self, coin: float, kind: Kind) -> Origin:

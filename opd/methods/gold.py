@@ -102,6 +102,7 @@ class GOLD(Method):
             rollouts=config.lmbda > 0 or config.seq_kd,
             alignment=alignment if self._uses_uld else None,
             label_states=self._uses_uld and config.merge == "observed",
+            fixed_point=not self._uses_uld and config.ce_weight == 0,
         )
 
     def origin(self, coin: float, kind: Kind) -> Origin:

@@ -96,6 +96,7 @@ class MiniLLM(Method):
             window=config.rkl_advantage,
             window_temperature=config.kd_temperature,
             num_substeps=config.num_substeps,
+            fixed_point=not config.lm_coef or config.kd_ratio == 1,
         )
 
     @property

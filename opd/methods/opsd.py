@@ -69,6 +69,8 @@ class OPSD(Method):
             teachers={"teacher": TeacherNeed("dense", config.teacher_mode, ema_decay=config.ema_decay)},
             completions="unused" if config.lmbda == 1 else "required",
             rollouts=config.lmbda > 0,
+            fixed_point=True,  # of one prompt: the teacher's own holds more
+            surrogate=config.loss == "sampled_token",
             privileged=Privileged(
                 template=config.privileged_template,
                 bridge=config.bridge_message,

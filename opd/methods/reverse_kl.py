@@ -43,6 +43,7 @@ class ReverseKL(Method):
             rollouts=True,
             window=True,
             num_substeps=self.config.num_substeps,
+            fixed_point=True,
         )
 
     def origin(self, coin: float, kind: Kind) -> Origin:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 from opd import distributed
 from opd.config import Config
+from opd.errors import OpdError
 from opd.preflight.findings import Finding, errors_of, refuse
 
 log = logging.getLogger("opd")
@@ -28,7 +31,7 @@ class Checks:
     def __call__(self, check: Callable[[], Iterable[Finding]]) -> None:
         """Make a check, if any are wanted. Every rank makes it; what one found, all know."""
         if self._wanted:
-            found = [finding for part in distributed.everyones(list(check())) for finding in part]
+            found = [finding for part in distributed.everyones(_made(check)) for finding in part]
             self.findings += dict.fromkeys(found)
 
     def enforce(self) -> None:
@@ -47,3 +50,18 @@ class Checks:
         if not errors_of(self.findings):
             log.info("mode=check: nothing stands against this training")
         refuse(self.findings)
+
+
+def _made(check: Callable[[], Iterable[Finding]]) -> list[Finding]:
+    """What the check finds, or that it broke off. With several ranks that ends the run: the others wait for this one."""
+    try:
+        return list(check())
+    except OpdError:
+        raise
+    except Exception as error:
+        if distributed.world_size() > 1:
+            raise
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        what = f"broke off with {type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"
+        remedy = "if training runs with run.preflight=off, the check is wrong: report it"
+        return [Finding("checks", "error", what, "what it looks for is not known", remedy)]

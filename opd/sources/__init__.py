@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -83,6 +85,13 @@ class SequenceSource:
         for sequence, (_, _, _, example) in zip(everything, slots, strict=True):
             self._add_views(sequence, example)
         return everything, sampled
+
+    def capped(self, max_completion_tokens: int) -> SequenceSource:
+        """The same source with shorter rollouts."""
+        other = copy.copy(self)
+        limit = min(max_completion_tokens, self._sampling.max_completion_tokens)
+        other._sampling = replace(self._sampling, max_completion_tokens=limit)
+        return other
 
     def answered(self, rows: Sequence[Example]) -> list[Example]:
         """Those of the rows that bring every completion which the method compares."""

@@ -76,6 +76,18 @@ class TextViews:
         teacher_is_loss = [k > 0 or bool(teacher_prompt_ids) for k in range(len(teacher_ids))]
         return view, _in_loss_tokens(pairs, student_is_loss, teacher_is_loss)
 
+    def same_text(self, student_ids: Sequence[int], teacher_ids: Sequence[int]) -> bool:
+        """Whether these tokens spell the same, stop tokens at the end apart; true where bytes are not known."""
+        if self._bytes is None:
+            return True
+        spelled = [
+            b"".join(known.get(token, b"") for token in ids if token not in stops)
+            for known, ids, stops in zip(
+                self._bytes, (student_ids, teacher_ids), (self._stop_ids, {self._teacher_stop_id}), strict=True
+            )
+        ]
+        return spelled[0] == spelled[1]
+
 
 def _in_loss_tokens(
     pairs: Sequence[Group], student_is_loss: Sequence[bool], teacher_is_loss: Sequence[bool]

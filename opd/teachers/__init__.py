@@ -3,6 +3,6 @@
 from opd.teachers.base import Teacher, ask_teachers
 from opd.teachers.cached import CachedTeacher, write_scores
 from opd.teachers.local import LocalTeacher
-from opd.teachers.own import SelfTeacher
+from opd.teachers.own import SelfTeacher, WithoutAdapter
 
-__all__ = ["CachedTeacher", "LocalTeacher", "SelfTeacher", "Teacher", "ask_teachers", "write_scores"]
+__all__ = ["CachedTeacher", "LocalTeacher", "SelfTeacher", "Teacher", "WithoutAdapter", "ask_teachers", "write_scores"]

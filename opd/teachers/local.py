@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from opd.models import predicting_states, read_head
 from opd.objectives import token_logprobs, top_k_scores
@@ -15,9 +15,9 @@ from opd.teachers.base import Teacher
 
 
 class LocalTeacher(Teacher):
-    """A frozen model; `top_k` makes its scores sparse."""
+    """A frozen model, or a student WithoutAdapter; `top_k` makes its scores sparse."""
 
-    def __init__(self, model: PreTrainedModel, *, vocab_size: int, top_k: int | None = None) -> None:
+    def __init__(self, model: Any, *, vocab_size: int, top_k: int | None = None) -> None:
         self.model, self._top_k = model, top_k
         self._head = read_head(model, vocab_size)
 

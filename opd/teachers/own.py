@@ -20,6 +20,29 @@ from opd.protocols import Dense, Layout, TokenSequence
 from opd.teachers.base import Teacher
 
 
+class WithoutAdapter:
+    """A student's base, as a model of its own that is frozen: the student with its adapter off, and no second copy.
+
+    What is called of it, the whole or the backbone, runs in evaluation mode and without the adapter.
+    """
+
+    def __init__(self, student: Any, part: Any = None) -> None:
+        self._student = student
+        self._part = causal_lm(student) if part is None else part
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with evaluation_mode(self._student), self._student.disable_adapter():
+            return self._part(*args, **kwargs)
+
+    @property
+    def base_model(self) -> WithoutAdapter:
+        """Without the head."""
+        return WithoutAdapter(self._student, self._part.base_model)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._part, name)
+
+
 class SelfTeacher(Teacher):
     """Scores with the student's own weights, in the precision that the student trains in.
 

@@ -359,7 +359,7 @@ def test_sft_is_the_baseline_unless_another_is_named(tmp_path):
 def test_an_evaluation_alone_is_compared_by_what_it_measured(tmp_path):
     make_run(tmp_path / "gkd")
     run = make_run(tmp_path / "teacher", mode="eval", model__student__path="some/teacher")
-    (run / "result.json").write_text(json.dumps({"before": {"success": 0.875}, "seconds": 3.0}))
+    (run / "result.json").write_text(json.dumps({"evaluation": {"success": 0.875}, "seconds": 3.0}))
     rows = table(compare([tmp_path]), "Metrics")
     assert rows["eval path=teacher"] == ["1", "0.875"]
     assert rows["before training"] == ["1", "0.250"]

@@ -196,10 +196,25 @@ def test_no_malformed_file_crashes_the_report(tmp_path, junk):
 def test_an_evaluation_without_training_counts_as_finished(run_dir):
     (run_dir / "metrics.jsonl").unlink()
     (run_dir / "config.yaml").write_text("mode: eval")
-    (run_dir / "result.json").write_text(json.dumps({"before": {"exact_match": 0.5}, "seconds": 3.0}))
+    (run_dir / "result.json").write_text(json.dumps({"evaluation": {"exact_match": 0.5}, "seconds": 3.0}))
     html, markdown = render(run_dir)
-    assert "**finished**" in markdown and "interrupted at" not in html
-    assert "| exact_match | ↑ higher | 0.500 | — | — |  |" in markdown
+    assert "**evaluation only, finished**" in markdown and "interrupted at" not in html
+    assert "| exact_match | ↑ higher | 0.500 |\n" in markdown
+    assert "before" not in markdown.split("## Configuration")[0] and ">before<" not in html
+
+
+@pytest.mark.parametrize(
+    ("metric", "direction"),
+    [
+        ("lm_eval/loss_of_words/acc_norm", "higher"),
+        ("eval/lm_eval/gsm8k/exact_match/strict-match", "higher"),
+        ("lm_eval/exact_match_of_paths/bits_per_byte", "lower"),
+        ("lm_eval/accuracy_of_clocks/ter", "lower"),
+        ("lm_eval/acc/seconds", "neutral"),
+    ],
+)
+def test_of_a_task_the_metric_says_what_is_better_and_not_the_tasks_name(metric, direction):
+    assert direction_of(metric) == direction
 
 
 def test_half_a_last_line_is_skipped_and_counted(run_dir):

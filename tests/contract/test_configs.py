@@ -35,6 +35,10 @@ def files(tmp_path):
     rows.write_text('{"prompt": "a", "completion": "b"}\n', encoding="utf-8")
     return {
         "data=file": [f"data.path={rows}"],
+        "data=hub": ["data.path=some/set"],
+        "data=prompts_file": [f"data.path={rows}"],
+        "data=opsd": [f"data.path={rows}"],
+        "data=mixture": [f"+data.sources.own.path={rows}", "+data.sources.own.weight=1"],
         "model/student=path": [f"model.student.path={model}"],
         "model/teacher=path": [f"model.teacher.path={model}"],
     }
@@ -88,10 +92,11 @@ def test_a_variant_is_valid(variant):
 
 
 @pytest.mark.parametrize("experiment", options("experiment"))
-def test_an_experiment_composes_and_says_its_method(experiment):
-    config = accepted(f"experiment={experiment}")
+def test_an_experiment_composes_and_says_its_method(experiment, files):
+    choices = compose_choices(f"experiment={experiment}")
+    config = accepted(f"experiment={experiment}", *(word for choice in choices for word in files.get(choice, [])))
     assert config.run.name == experiment
-    assert f"method={config.method.name}" in compose_choices(f"experiment={experiment}")
+    assert f"method={config.method.name}" in choices
 
 
 def compose_choices(*overrides):

@@ -40,12 +40,14 @@ def build_tokenizer(*, template: bool = True, reverse: bool = False) -> Any:
     )
 
 
-def build_model(folder: Path, family: str = "qwen3", *, width: int = 290, seed: int = 0, tokenizer: Any = None) -> Path:
+def build_model(
+    folder: Path, family: str = "qwen3", *, width: int = 290, seed: int = 0, tokenizer: Any = None, positions: int = 128
+) -> Path:
     """A folder that save_pretrained wrote; `width` rows in the embedding table, at least the tokenizer's."""
     import torch
     import transformers as hf
 
-    tokenizer = tokenizer or build_tokenizer(template=family != "gpt2")
+    tokenizer = tokenizer or build_tokenizer(template=family not in ("gpt2", "opt", "gpt_neox"))
     config_class, model_class = {
         "llama": (hf.LlamaConfig, hf.LlamaForCausalLM),
         "qwen2": (hf.Qwen2Config, hf.Qwen2ForCausalLM),
@@ -53,6 +55,8 @@ def build_model(folder: Path, family: str = "qwen3", *, width: int = 290, seed: 
         "mistral": (hf.MistralConfig, hf.MistralForCausalLM),
         "gemma2": (hf.Gemma2Config, hf.Gemma2ForCausalLM),
         "gpt2": (hf.GPT2Config, hf.GPT2LMHeadModel),
+        "opt": (hf.OPTConfig, hf.OPTForCausalLM),
+        "gpt_neox": (hf.GPTNeoXConfig, hf.GPTNeoXForCausalLM),
     }[family]
     shape: dict[str, Any] = {
         "hidden_size": 16,
@@ -61,10 +65,12 @@ def build_model(folder: Path, family: str = "qwen3", *, width: int = 290, seed: 
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
         "head_dim": 8,
-        "max_position_embeddings": 128,
+        "max_position_embeddings": positions,
     }
     if family == "gpt2":
-        shape = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 128}
+        shape = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": positions}
+    if family == "opt":
+        shape |= {"ffn_dim": 32, "word_embed_proj_dim": 16}
     ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -29,7 +29,7 @@ KNOWN_FROM_THE_CONFIG: dict[str, list[tuple[str, ...]]] = {
     f"{FILE} data.columns.promt=q": [("data.columns.promt: unknown key", "did you mean data.columns.prompt?")],
     "method=gdk": [("method=gdk: no such option", "did you mean gkd?")],
     "model/student=wlk": [("model/student=wlk: no such option", "did you mean walk?")],
-    "tracking=tensorboard": [("tracking=tensorboard: no such option", "choose from none, wandb")],
+    "tracking=tensorbord": [("tracking=tensorbord: no such option", "did you mean tensorboard?")],
     "experiment=nope": [("experiment=nope: no such option", "choose from", "walk_gkd")],
     "methd=gkd": [("methd: unknown key", "did you mean method?")],
     "model/studnt=walk": [("model/studnt: unknown key", "did you mean model/student?")],
@@ -371,7 +371,10 @@ def _broken_chat_template(place):
 
 
 def _attention_that_is_not_there(place):
-    return ("model.student.attention=flash_attention_2",), ("model.student.attention=flash_attention_2: ", "eager")
+    return ("model.student.attention=flash_attention_2",), (
+        "model.student.attention=flash_attention_2: has no kernel for hardware.device=cpu",
+        "set it to sdpa",
+    )
 
 
 def _lora_targets_that_are_not_there(place):

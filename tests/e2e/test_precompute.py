@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from e2e.command import ENVIRONMENT, call, shell
 from e2e.model_folders import CHATML, build_model, write_rows
 from e2e.pair_rows import LORA, pair_run, read_metrics, write_pairs
+from opd.preflight import Checks
 
 TWO_RANKS = "hardware=cpu_2rank"
 FOLDERS = ("model.student.init=null", "data.max_completion_length=20")  # adpa without its stages
@@ -76,7 +77,8 @@ def load(*words):
     from opd.conditions import validated
 
     GlobalHydra.instance().clear()
-    return pipeline._load(validated(compose(*words)))
+    config = validated(compose(*words))
+    return pipeline._load(config, Checks(config))
 
 
 @pytest.mark.parametrize(("precompute", "models"), [("false", 2), ("true", 1)])

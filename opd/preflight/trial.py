@@ -1,0 +1,267 @@
+"""A few of the run's own prompts, sent through the run's own engine as often as a check wants."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opd import distributed
+from opd.config import Config
+from opd.loading import Texts
+from opd.model_loading import device_of
+from opd.models import computing
+from opd.preflight.untouched import as_it_was
+from opd.protocols import Batch, Example, Method, Needs, TokenSequence
+from opd.sources import SequenceSource
+from opd.teachers import LocalTeacher, Teacher
+from opd.trainer import DistillationTrainer
+from opd.window import Batches, RowOrder, Window
+
+_PROMPTS = 4  # of a rank; 2 where they are long
+_COMPLETION_TOKENS = 32  # of a rollout
+_ROOM = 8192  # tokens of a micro-batch; more only where one of the run's own is larger
+_SAMPLED = 50_000_000  # numbers of a gradient that are looked at, spread over all trainable weights
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step was made of on this rank.
+
+    `loss` is this rank's share, nats; `gradient` every stride-th number of each trainable weight's; `gradients` says of
+    each of these weights whether its whole gradient is "finite", "zero", "none" or "not finite". `terms` are (sum, name
+    of its count, weight) of every micro-batch, and `metrics` the method's own (numerator, denominator), summed.
+    """
+
+    loss: float
+    gradient: list[Tensor]
+    gradients: dict[str, str]
+    terms: list[tuple[float, str, float]]
+    metrics: dict[str, tuple[float, float]]
+
+    @property
+    def norm(self) -> float:
+        """Length of the gradient's sample."""
+        return _norm(self.gradient)
+
+    def distance(self, other: Step) -> float:
+        """‖mine - other's‖."""
+        return _norm([one - two for one, two in zip(self.gradient, other.gradient, strict=True)])
+
+
+class Replay:
+    """A source that samples once: later windows of the same prompts are of the same sequences, none scored yet."""
+
+    def __init__(self, source: SequenceSource) -> None:
+        self._source = source
+        self._made: dict[tuple[int, ...], tuple[list[TokenSequence], list[TokenSequence]]] = {}
+
+    def sequences(self, prompts: Sequence[tuple[int, Example]]) -> tuple[list[TokenSequence], list[TokenSequence]]:
+        """As SequenceSource.sequences."""
+        numbers = tuple(number for number, _ in prompts)
+        if numbers not in self._made:
+            self._made[numbers] = self._source.sequences(prompts)
+        everything, sampled = self._made[numbers]
+        copies = {id(made): replace(made, token_scores=dict(made.token_scores)) for made in everything}
+        return list(copies.values()), [copies[id(made)] for made in sampled]
+
+
+class Trial:
+    """What the checks share: the run with a few prompts in a step, its models, and how exact its arithmetic is."""
+
+    def __init__(
+        self,
+        config: Config,
+        method: Method,
+        texts: Texts,
+        *,
+        student: Any,
+        teachers: Mapping[str, Teacher],
+        source: SequenceSource,
+        folder: str,
+    ) -> None:
+        self.method, self.needs, self.texts, self.student = method, method.needs, texts, student
+        self.teachers = {name: teachers[name] for name in self.needs.teachers}
+        self.source = source.capped(_COMPLETION_TOKENS)
+        self.replay = Replay(self.source)
+        self.config = _small(config, self.needs, texts, folder)
+        self.trained = [(name, p) for name, p in student.named_parameters() if p.requires_grad]
+        self.stride = -(-sum(p.numel() for _, p in self.trained) // _SAMPLED) | 1  # odd: no multiple of a width
+        models = [student, *(teacher.model for teacher in self.teachers.values() if isinstance(teacher, LocalTeacher))]
+        dtypes = {p.dtype for model in models for p in model.parameters()}  # quantized weights are integers
+        self.exact = config.hardware.precision == "fp32" and dtypes <= {torch.float32, torch.float64}
+
+    @contextmanager
+    def engine(
+        self, *, teachers: Mapping[str, Teacher] | None = None, method: Method | None = None
+    ) -> Iterator[Engine]:
+        """The run's trainer, with these teachers or this method instead; the student's forward is restored."""
+        with as_it_was(self.student):
+            yield Engine(self, self.teachers if teachers is None else teachers, method or self.method)
+
+    def batches(self, *, micro_batch_size: int | None = None) -> Batches:
+        """What lays sequences out, as the run's or in micro-batches of another size."""
+        size = micro_batch_size or self.config.train.micro_batch_size
+        config = _with(self.config, train={"micro_batch_size": size})
+        return Batches(config, self.method, vocabulary=self.texts.vocabulary, device=device_of(config))
+
+    def numbers_of(self, parameter: Tensor) -> Tensor:
+        """Every stride-th number of a weight or its gradient, (n,), a view of it."""
+        return parameter.detach().view(-1)[:: self.stride]
+
+    def prompts(self) -> list[tuple[int, Example]]:
+        """This rank's numbered prompts of the first step."""
+        order, mine = RowOrder(self.texts.data.train, self.config.run.seed), self._prompts_per_rank
+        first = distributed.rank() * mine
+        return [(number, order[number]) for number in range(first, first + mine)]
+
+    @property
+    def _prompts_per_rank(self) -> int:
+        return self.config.train.batch_size // distributed.world_size()
+
+
+class Engine:
+    """One trainer of a trial: windows, steps that stop before the optimizer, and losses."""
+
+    def __init__(self, trial: Trial, teachers: Mapping[str, Teacher], method: Method) -> None:
+        self._trial, self._terms, self._metrics = trial, [], {}
+        listened = copy.copy(method)
+        listened.loss = self._listening(method)  # type: ignore[method-assign]
+        config = trial.config.model_copy(update={"method": method.config})
+        self._trainer = DistillationTrainer(
+            config,
+            trial.student,
+            listened,
+            tokenizer=None,
+            examples=trial.texts.data.train,
+            source=trial.replay,  # type: ignore[arg-type]
+            teachers=teachers,
+            vocabulary=trial.texts.vocabulary,
+            max_steps=1,
+            on_step=lambda step, metrics, window: None,
+        )
+        accelerator = self._trainer.accelerator
+        if accelerator.scaler is not None:  # the scale that training begins with is one that it has to come down from
+            accelerator.scaler = torch.amp.GradScaler(config.hardware.device, init_scale=256.0)
+        self._model = accelerator.prepare_model(trial.student, evaluation_mode=True)  # autocast, but no reducer
+
+    def window(self) -> Window:
+        """The first window of the run, as the training loop asks for it. Collective."""
+        number = self._trainer.windows.num_micro_batches
+        self._trainer.get_batch_samples(iter(range(number)), number, device_of(self._trial.config))
+        return self._trainer.window
+
+    def step(self, window: Window) -> Step:
+        """The gradient of this window, accumulated as training does. Raises RunError if the loss is not finite."""
+        self._trainer.window = window
+        self._trainer.current_gradient_accumulation_steps = len(window.batches)
+        self._terms, self._metrics = [], {}
+        self._drop_gradients()
+        loss = sum(float(self._trainer.training_step(self._model, _inputs(batch))) for batch in window.batches)
+        scaler = self._trainer.accelerator.scaler
+        ranks = distributed.world_size()  # a reducer would average what the loss is multiplied by for it
+        scale = ranks * (1.0 if scaler is None else scaler.get_scale())
+        made = Step(
+            loss / ranks,
+            [self._sample(parameter) / scale for _, parameter in self._trial.trained],
+            {name: _state(parameter.grad) for name, parameter in self._trial.trained},
+            self._terms,
+            self._metrics,
+        )
+        self._drop_gradients()
+        return made
+
+    def loss(self, window: Window) -> float:
+        """This rank's share of the window's loss."""
+        self._trainer.window = window
+        with torch.no_grad():
+            shares = [float(self._trainer.compute_loss(self._model, _inputs(batch))) for batch in window.batches]
+        return sum(shares) / distributed.world_size()
+
+    def student_logprobs(self, batch: Batch, temperature: float) -> Tensor:
+        """log π(targets[n]) as a window has it, (N,)."""
+        with computing(self._trial.config.hardware):
+            return self._trainer._student_logprobs(batch.layout, temperature)
+
+    def _sample(self, parameter: Tensor) -> Tensor:
+        if parameter.grad is None:
+            return torch.zeros_like(self._trial.numbers_of(parameter), dtype=torch.float32)
+        return self._trial.numbers_of(parameter.grad).float().clone()
+
+    def _drop_gradients(self) -> None:
+        for _, parameter in self._trial.trained:
+            parameter.grad = None
+
+    def _listening(self, method: Method) -> Any:
+        def loss(student, teachers, batch):
+            terms = method.loss(student, teachers, batch)
+            self._terms += [(float(term.sum.detach()), term.count, term.weight) for term in terms.terms]
+            for name, (numerator, denominator) in terms.metrics.items():
+                above, below = self._metrics.get(name, (0.0, 0.0))
+                self._metrics[name] = (above + float(numerator), below + float(denominator))
+            return terms
+
+        return loss
+
+
+def _small(config: Config, needs: Needs, texts: Texts, folder: str) -> Config:
+    """A few prompts a step, in micro-batches as large as there is room for."""
+    ranks, train = distributed.world_size(), config.train
+    per_prompt = config.rollout.group_size * len(needs.sequences)
+    order = RowOrder(texts.data.train, config.run.seed)
+    wanted = _PROMPTS * (1 + train.packing)  # so that a row holds several
+    first = distributed.rank() * wanted
+    mine = max(_length(order[first + i], needs) for i in range(wanted))
+    longest = int(distributed.maximum(torch.tensor(float(mine))))
+    fitting = max(_ROOM // longest, min(train.micro_batch_size, per_prompt))
+    prompts = wanted if wanted * per_prompt <= fitting else 2
+    size = min(prompts * per_prompt, fitting // len(needs.sequences) * len(needs.sequences) or len(needs.sequences))
+    limit = min(config.rollout.max_completion_tokens, _COMPLETION_TOKENS)
+    return _with(
+        config,
+        run={"dir": folder},
+        train={
+            "batch_size": prompts * ranks,
+            "micro_batch_size": size,
+            "max_grad_norm": 0.0,
+            "save_every_steps": 0,
+            "save_every_epoch": False,
+        },
+        rollout={"max_completion_tokens": limit},
+    )
+
+
+def _length(example: Example, needs: Needs) -> int:
+    """Tokens of the longest thing that is read of this row."""
+    prompts = [example.prompt_ids, *example.teacher_prompts.values()]
+    completions = [example.completion_ids or [], *example.alternatives.values()]
+    rollout = _COMPLETION_TOKENS if needs.rollouts else 0
+    return max(map(len, prompts)) + max(rollout, *map(len, completions), 1)
+
+
+def _with(config: Config, **sections: dict[str, Any]) -> Config:
+    """The config with other values in some sections."""
+    update = {name: getattr(config, name).model_copy(update=values) for name, values in sections.items()}
+    return config.model_copy(update=update)
+
+
+def _inputs(batch: Batch) -> dict[str, Batch]:
+    """A micro-batch that has not been asked about yet: teachers write into it."""
+    return {"batch": replace(batch, token_scores=dict(batch.token_scores))}
+
+
+def _state(gradient: Tensor | None) -> str:
+    if gradient is None:
+        return "none"
+    if not torch.isfinite(gradient).all():
+        return "not finite"
+    return "finite" if gradient.any() else "zero"
+
+
+def _norm(tensors: Sequence[Tensor]) -> float:
+    return sum(float(tensor.double().square().sum()) for tensor in tensors) ** 0.5
