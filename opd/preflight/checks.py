@@ -53,7 +53,7 @@ class Checks:
 
 
 def _made(check: Callable[[], Iterable[Finding]]) -> list[Finding]:
-    """What the check finds, or that it broke off. With several ranks that ends the run: the others wait for this one."""
+    """What the check finds, or that it broke off. Of several ranks one alone may not go on."""
     try:
         return list(check())
     except OpdError:

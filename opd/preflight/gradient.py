@@ -30,6 +30,7 @@ from opd.teachers import SelfTeacher, Teacher
 from opd.window import Window
 
 _TEMPERATURES = ("kd_temperature", "teacher_temperature")  # of a method's config: each must reach its loss
+_ENDS = {0.0: "forward_kl", 1.0: "reverse_kl"}  # of method.beta
 _DIVERGENCES = ("forward_kl", "reverse_kl", "loss_chosen_fkl", "loss_rejected_fkl")  # exact ones, a method's metrics
 
 
@@ -108,6 +109,7 @@ def _tried(trial: Trial) -> Iterator[Finding]:
     yield from check_rollouts(trial, window)
     yield from check_sampler(trial, window)
     yield from _check_temperatures(trial, step)
+    yield from _check_beta(trial, step)
 
 
 def _first_step(engine: Engine, window: Window) -> Step | None:
@@ -257,10 +259,7 @@ def _check_temperatures(trial: Trial, step: Step) -> Iterator[Finding]:
         value = getattr(settings, key, None)
         if value is None:
             continue
-        hotter = copy.copy(trial.method)
-        hotter.config = settings.model_copy(update={key: 1.5 * value})
-        with trial.engine(method=hotter) as engine:
-            made = _first_step(engine, engine.window())
+        made = _with_setting(trial, key, 1.5 * value)
         if made is not None and (same := _same(trial, step, made)):
             yield Finding(
                 "gradient.temperature",
@@ -269,6 +268,36 @@ def _check_temperatures(trial: Trial, step: Step) -> Iterator[Finding]:
                 "the setting has no effect",
                 "divide both models' logits by it in the loss",
             )
+
+
+def _check_beta(trial: Trial, step: Step) -> Iterator[Finding]:
+    """At the ends of method.beta the loss is the divergence that the method reports under that name."""
+    settings = trial.config.method
+    plain = settings.loss_normalization == "token" and getattr(settings, "kd_temperature", 1.0) == 1.0
+    altered = [getattr(settings, key, None) for key in ("token_clip", "top_k")]
+    if not hasattr(settings, "beta") or not plain or any(altered) or trial.needs.surrogate:
+        return
+    for beta, name in _ENDS.items():
+        made = _with_setting(trial, "beta", beta) if name in step.metrics else None
+        if made is None or {(count, weight) for _, count, weight in made.terms} != {("tokens", 1.0)}:
+            return
+        loss, (divergence, _) = sum(term for term, _, _ in made.terms), made.metrics[name]
+        if abs(loss - divergence) > (1e-3 if trial.exact else 0.1) * max(abs(loss), abs(divergence)):
+            yield Finding(
+                "gradient.beta",
+                "error",
+                f"with method.beta={beta:g} the loss is {loss:.4g} nats where train/{name} sums to {divergence:.4g}",
+                "another divergence is minimised than the one that is named",
+                "look at the order of the two models in it",
+            )
+
+
+def _with_setting(trial: Trial, key: str, value: float) -> Step | None:
+    """The first step of the method with another value at a key of its config."""
+    method = copy.copy(trial.method)
+    method.config = trial.config.method.model_copy(update={key: value})
+    with trial.engine(method=method) as engine:
+        return _first_step(engine, engine.window())
 
 
 def _same(trial: Trial, one: Step, other: Step) -> str:

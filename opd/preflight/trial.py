@@ -13,11 +13,12 @@ from torch import Tensor
 
 from opd import distributed
 from opd.config import Config
+from opd.data.files import FileExamples
 from opd.loading import Texts
 from opd.model_loading import device_of
 from opd.models import computing
 from opd.preflight.untouched import as_it_was
-from opd.protocols import Batch, Example, Method, Needs, TokenSequence
+from opd.protocols import Batch, Example, ExampleSet, Method, Needs, TokenSequence
 from opd.sources import SequenceSource
 from opd.teachers import LocalTeacher, Teacher
 from opd.trainer import DistillationTrainer
@@ -25,6 +26,7 @@ from opd.window import Batches, RowOrder, Window
 
 _PROMPTS = 4  # of a rank; 2 where they are long
 _COMPLETION_TOKENS = 32  # of a rollout
+_LOOKED_THROUGH, _SHORT = 64, 1024  # rows, for some of at most so many tokens
 _ROOM = 8192  # tokens of a micro-batch; more only where one of the run's own is larger
 _SAMPLED = 50_000_000  # numbers of a gradient that are looked at, spread over all trainable weights
 
@@ -89,7 +91,8 @@ class Trial:
         self.teachers = {name: teachers[name] for name in self.needs.teachers}
         self.source = source.capped(_COMPLETION_TOKENS)
         self.replay = Replay(self.source)
-        self.config = _small(config, self.needs, texts, folder)
+        self.examples = _few(config, self.needs, texts.data.train)
+        self.config = _small(config, self.needs, self.examples, folder)
         self.trained = [(name, p) for name, p in student.named_parameters() if p.requires_grad]
         self.stride = -(-sum(p.numel() for _, p in self.trained) // _SAMPLED) | 1  # odd: no multiple of a width
         models = [student, *(teacher.model for teacher in self.teachers.values() if isinstance(teacher, LocalTeacher))]
@@ -116,7 +119,7 @@ class Trial:
 
     def prompts(self) -> list[tuple[int, Example]]:
         """This rank's numbered prompts of the first step."""
-        order, mine = RowOrder(self.texts.data.train, self.config.run.seed), self._prompts_per_rank
+        order, mine = RowOrder(self.examples, self.config.run.seed), self._prompts_per_rank
         first = distributed.rank() * mine
         return [(number, order[number]) for number in range(first, first + mine)]
 
@@ -138,7 +141,7 @@ class Engine:
             trial.student,
             listened,
             tokenizer=None,
-            examples=trial.texts.data.train,
+            examples=trial.examples,
             source=trial.replay,  # type: ignore[arg-type]
             teachers=teachers,
             vocabulary=trial.texts.vocabulary,
@@ -209,12 +212,24 @@ class Engine:
         return loss
 
 
-def _small(config: Config, needs: Needs, texts: Texts, folder: str) -> Config:
+def _few(config: Config, needs: Needs, examples: ExampleSet) -> ExampleSet:
+    """As many of the run's first rows as all ranks try; the first that are short enough, or else the shortest."""
+    order = RowOrder(examples, config.run.seed)
+    head = [order[number] for number in range(min(len(examples), _LOOKED_THROUGH))]
+    head.sort(key=lambda row: max(0, _length(row, needs) - _SHORT))
+    return FileExamples(head[: _wanted(config) * distributed.world_size()], {})
+
+
+def _wanted(config: Config) -> int:
+    """Prompts of a rank; with packing more, so that a row holds several."""
+    return _PROMPTS * (1 + config.train.packing)
+
+
+def _small(config: Config, needs: Needs, examples: ExampleSet, folder: str) -> Config:
     """A few prompts a step, in micro-batches as large as there is room for."""
     ranks, train = distributed.world_size(), config.train
     per_prompt = config.rollout.group_size * len(needs.sequences)
-    order = RowOrder(texts.data.train, config.run.seed)
-    wanted = _PROMPTS * (1 + train.packing)  # so that a row holds several
+    order, wanted = RowOrder(examples, config.run.seed), _wanted(config)
     first = distributed.rank() * wanted
     mine = max(_length(order[first + i], needs) for i in range(wanted))
     longest = int(distributed.maximum(torch.tensor(float(mine))))

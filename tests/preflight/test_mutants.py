@@ -71,7 +71,7 @@ def wrapped_method(patch, owner, name, around):
 
 
 def tokens_of_completions_thrown_away(patch):
-    lengths = {row.row: len(row.completion_ids) for row in make_examples()}
+    lengths = {row.row: 3 * len(row.completion_ids) for row in make_examples()}  # by chance the sums could be alike
     patch.setattr(opd.window, "_num_loss_tokens", lambda made: float(sum(lengths[s.row] for s in made)))
 
 
@@ -578,16 +578,7 @@ MUTANTS = [
         given={"lora": ADAPTER, "spoil": base_trains_too},
     ),
     Mutant("tokens aligned with other text", "D19", "gradient.alignment", groups_one_off, "gold-defaults"),
-    Mutant(
-        "forward and reverse KL swapped",
-        "D24",
-        "",
-        other_direction,
-        "gkd-on_policy_forward",
-        uncaught=(
-            "both are divergences with the same minimum: which one was meant stands in no run; the golden set holds it"
-        ),
-    ),
+    Mutant("forward and reverse KL swapped", "D24", "gradient.beta", other_direction, "gkd-on_policy_forward"),
 ]
 
 
