@@ -77,7 +77,10 @@ class TextViews:
         return view, _in_loss_tokens(pairs, student_is_loss, teacher_is_loss)
 
     def same_text(self, student_ids: Sequence[int], teacher_ids: Sequence[int]) -> bool:
-        """Whether these tokens spell the same, stop tokens at the end apart; true where bytes are not known."""
+        """Whether these tokens spell the same, stop tokens at the end apart.
+
+        True where bytes are not known, or spell no text: the teacher reads replacement characters in their place.
+        """
         if self._bytes is None:
             return True
         spelled = [
@@ -86,7 +89,15 @@ class TextViews:
                 self._bytes, (student_ids, teacher_ids), (self._stop_ids, {self._teacher_stop_id}), strict=True
             )
         ]
-        return spelled[0] == spelled[1]
+        return spelled[0] == spelled[1] or not _is_text(spelled[0])
+
+
+def _is_text(spelled: bytes) -> bool:
+    try:
+        spelled.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _in_loss_tokens(
