@@ -106,6 +106,8 @@ def _explain(error: Exception) -> str:
             return f"{key}: no such source yet; put a + before the override, which adds it: +{key}…"
         remedy = f"{_listed(known[key])} has it" if known.get(key) else _near(key, sorted(known))
         return f"{key}: unknown key; {remedy}"
+    if match := re.match(r"Error merging override \+*(\S+)", text):
+        return f"{match[1]}: not the kind of value that stands there; `--cfg job` shows how this key is written"
     if "Missing mandatory value" in text:
         key = getattr(error, "full_key", None) or "a key"
         return f"{key}: missing; set {key}=…"

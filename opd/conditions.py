@@ -5,11 +5,11 @@ Whatever can only be known from a tokenizer or from the rows is refused later, b
 
 from __future__ import annotations
 
-import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from opd.adapter_folder import adapter_settings
 from opd.config import Config, Model, Student, did_you_mean, parse
 from opd.data.origins import is_hub_id
 from opd.data.walk_rules import evaluation_pairs, training_pairs
@@ -65,10 +65,11 @@ def _models(config: Config) -> list[str]:
 
 def _adapter(student: Student) -> list[str]:
     """An adapter that lies in the student's folder is trained on as it is: other settings would not be heeded."""
-    file = Path(student.path or "") / "adapter_config.json"
-    if student.lora is None or not student.path or not file.is_file():
+    if student.lora is None or not student.path:
         return []
-    there = json.loads(file.read_text(encoding="utf-8"))
+    there = adapter_settings(student.path, "model.student.path")
+    if there is None:
+        return []
     asked = {"r": student.lora.r, "lora_alpha": student.lora.alpha, "lora_dropout": student.lora.dropout}
     return [
         f"model.student.lora.{name.removeprefix('lora_')}={value}: training continues the adapter in "

@@ -45,7 +45,7 @@ class LoRA(Schema):
     r: PositiveInt
     alpha: PositiveInt
     dropout: float = Field(ge=0, lt=1)
-    targets: list[str] | Literal["all-linear"]
+    targets: Annotated[list[str], Field(min_length=1)] | Literal["all-linear"]
 
 
 class WalkRecipe(Schema):
@@ -66,13 +66,15 @@ class WalkRecipe(Schema):
 class Model(Schema):
     """A causal language model: a folder, a hub id, or a recipe that the project trains on first use."""
 
-    path: str | None = Field(description="folder or hub id")
+    path: str | None = Field(min_length=1, description="folder or hub id")
     revision: str | None = Field(default=None, description="hub revision")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(description="auto: follow hardware.precision")
     attention: Literal["sdpa", "eager", "flash_attention_2"]
     trust_remote_code: bool
     chat_template: str | None = Field(
-        default=None, description="file with a chat template that replaces the model's; training: TRL's for this family"
+        default=None,
+        min_length=1,
+        description="file with a chat template that replaces the model's; training: TRL's for this family",
     )
     thinking: bool | None = Field(default=None, description="enable_thinking of the chat template; null: its default")
     quantization: Literal["8bit", "4bit"] | None = Field(default=None, description="bitsandbytes, frozen weights")
@@ -111,7 +113,7 @@ class Models(Schema):
 class Origin(Schema):
     """Where rows come from: a file, a folder of dataset files, or a hub id; and what its columns are called."""
 
-    path: str | None = Field(default=None, description="file, dataset folder or hub id")
+    path: str | None = Field(default=None, min_length=1, description="file, dataset folder or hub id")
     subset: str | None = Field(default=None, description="configuration of a hub data set")
     split: str = Field(default="train", description="of a hub data set or a folder")
     revision: str | None = Field(default=None, description="hub revision")
@@ -287,7 +289,7 @@ def parse(raw: dict[str, Any], method_schema: type[MethodConfig]) -> Config:
     try:
         return schema.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError("\n".join(_line(schema, problem) for problem in error.errors())) from None
+        raise ConfigError("\n".join(_lines(schema, error.errors()))) from None
 
 
 def did_you_mean(word: str, candidates: list[str]) -> str:
@@ -296,8 +298,19 @@ def did_you_mean(word: str, candidates: list[str]) -> str:
     return f"did you mean {near[0]}?" if near else f"known here: {', '.join(sorted(candidates))}"
 
 
-def _line(schema: type[BaseModel], problem: ErrorDetails) -> str:
-    location = [str(part) for part in problem["loc"]]
+def _lines(schema: type[BaseModel], problems: list[ErrorDetails]) -> list[str]:
+    """One a key: what each kind of value that it takes has against this one."""
+    lines: dict[str, str] = {}
+    for problem in problems:
+        # Of a key that takes several kinds of values, the kind is the last part ("list[str]").
+        location = [str(part) for part in problem["loc"] if "[" not in str(part)]
+        key = ".".join(location)
+        line = _line(schema, location, problem)
+        lines[key] = f"{lines[key]}, or {line.partition(': must ')[2]}" if key in lines else line
+    return list(lines.values())
+
+
+def _line(schema: type[BaseModel], location: list[str], problem: ErrorDetails) -> str:
     key = ".".join(location)
     if problem["type"] == "extra_forbidden":
         known = list(_section(schema, location[:-1]).model_fields)
@@ -305,6 +318,8 @@ def _line(schema: type[BaseModel], problem: ErrorDetails) -> str:
     if problem["type"] == "missing":
         return f"{key}: missing; set it on the command line or in a config file"
     message = re.sub(r"^(Input|\w+) should ", "must ", problem["msg"])
+    if problem["type"] == "list_type":
+        message += f"; write [{problem['input'] if isinstance(problem['input'], str) else 'a, b'}]"
     return f"{key}={problem['input']!r}: {message}"
 
 

@@ -6,6 +6,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from opd.config import Config, Model
+from opd.data.templates import TRAINING, template_file
+from opd.errors import ConfigError
 
 
 def loading_problems(config: Config) -> list[str]:
@@ -15,6 +17,7 @@ def loading_problems(config: Config) -> list[str]:
         models["model.teacher"] = config.model.teacher
     problems = [line for key, model in models.items() for line in _quantization(key, model)]
     problems += [line for key, model in models.items() for line in _flash_attention(config, key, model)]
+    problems += [line for key, model in models.items() for line in _chat_template(key, model)]
     return problems + _frozen(config)
 
 
@@ -23,6 +26,16 @@ def _quantization(key: str, model: Model) -> list[str]:
         return []
     setting = f"{key}.quantization={model.quantization}"
     return [f"{setting}: bitsandbytes is not installed; pip install 'opd[quantize]', or set it to null"]
+
+
+def _chat_template(key: str, model: Model) -> list[str]:
+    if model.chat_template in (None, TRAINING):
+        return []
+    try:
+        template_file(model.chat_template, f"{key}.")
+    except ConfigError as error:
+        return [str(error)]
+    return []
 
 
 def _frozen(config: Config) -> list[str]:

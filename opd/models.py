@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, TypeVar
 
 import torch
@@ -70,7 +71,9 @@ def load_model(model: Model, path: str, key: str, *, dtype: torch.dtype, hardwar
         if "attention" in str(error).lower():
             setting = f"{key.rsplit('.', 1)[0]}.attention={model.attention}"
             raise ConfigError(f"{setting}: not for this model ({first_line(error)}); set it to eager") from None
-        raise ConfigError(f"{key}={path}: its weights do not load ({first_line(error)}); {COMPLETE}") from None
+        # torch says at length how to load a pickle that may run code; nobody should.
+        why = "not a checkpoint of tensors" if isinstance(error, UnpicklingError) else first_line(error)
+        raise ConfigError(f"{key}={path}: its weights do not load ({why}); {COMPLETE}") from None
     if missing := sorted(report["missing_keys"]):
         raise ConfigError(f"{key}={path}: {len(missing)} weights are not in it, e.g. {missing[0]}; {COMPLETE}")
     keep_differentiable(loaded)

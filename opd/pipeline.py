@@ -18,6 +18,7 @@ from opd.artifacts.report import write_report
 from opd.artifacts.run_folder import RunFolder
 from opd.artifacts.table import before_after_table, format_table
 from opd.config import Config
+from opd.data import check_variant
 from opd.embedded import ensure_models
 from opd.errors import ConfigError
 from opd.evaluate import Evaluator, MethodLoss
@@ -71,6 +72,8 @@ def prepare(config: Config) -> Config:
     """The config with every model on disk: the embedded task's are trained here if they are not kept yet."""
     _quieten(config)
     start_logging()
+    if config.data.name == "walk":
+        check_variant(config, load_method(config).needs)
     return ensure_models(config)
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import constants
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
+from opd.adapter_folder import adapter_settings
 from opd.config import Model
 from opd.data.templates import set_template
 from opd.errors import ConfigError
@@ -35,6 +36,7 @@ def load_tokenizer(model: Model, path: str, key: str) -> PreTrainedTokenizerBase
         )
     except Exception as error:  # it reads config.json too, whose checks raise types of their own
         _refuse_code(error, path, key)
+        _refuse_hub_id(model, path, f"{key}={path}", error)
         raise ConfigError(f"{key}={path}: no tokenizer loads from it ({first_line(error)}); {COMPLETE}") from None
     # Without tokenizer files transformers makes a tokenizer of a few special tokens.
     if set(tokenizer("a", add_special_tokens=False)["input_ids"]) <= set(tokenizer.all_special_ids):
@@ -51,6 +53,21 @@ def _refuse_code(error: Exception, path: str, key: str) -> None:
         raise ConfigError(f"{key}={path}: {problem}; read that code, then set {setting}=true") from None
 
 
+def _refuse_hub_id(model: Model, path: str, setting: str, error: Exception) -> None:
+    """Raise ConfigError, which `setting` opens, if it was the hub, or the lack of it, which stood in the way."""
+    if Path(path).expanduser().exists() or not isinstance(error, OSError):
+        return
+    if constants.HF_HUB_OFFLINE:
+        revision = f" (revision {model.revision})" if model.revision is not None else ""
+        problem = f"no such folder, and this hub id is not in the cache{revision} while HF_HUB_OFFLINE is set"
+        raise ConfigError(f"{setting}: {problem}; unset HF_HUB_OFFLINE, or give a folder") from None
+    if "valid git identifier" in str(error):
+        revision = f"{setting.partition('=')[0].rsplit('.', 1)[0]}.revision={model.revision}"
+        raise ConfigError(f"{revision}: {setting} has no such revision; name a branch, tag or commit") from None
+    problem = f"no such folder, and the hub does not give it ({first_line(error)})"
+    raise ConfigError(f"{setting}: {problem}; check the id and the network, or log in (hf auth)") from None
+
+
 @dataclass(frozen=True)
 class Shape:
     """What a model's config says before a weight is loaded."""
@@ -61,13 +78,17 @@ class Shape:
 
 def read_shape(model: Model, path: str, key: str) -> Shape:
     """The shape of a model, from its config.json."""
-    path = base_of_adapter(path, key) or path
+    base = base_of_adapter(path, key)
+    setting = f"{key}={path}" if base is None else f"{key}={path} (an adapter of {base})"
     try:
-        config = AutoConfig.from_pretrained(path, revision=model.revision, trust_remote_code=model.trust_remote_code)
+        config = AutoConfig.from_pretrained(
+            base or path, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
     except Exception as error:
         _refuse_code(error, path, key)
+        _refuse_hub_id(model, base or path, setting, error)
         raise ConfigError(
-            f"{key}={path}: its config.json is of no model that transformers knows ({first_line(error)}); "
+            f"{setting}: its config.json is of no model that transformers knows ({first_line(error)}); "
             "choose another folder, or upgrade transformers"
         ) from None
     text = config.get_text_config()
@@ -126,12 +147,15 @@ def shared_vocabulary(
 
 def base_of_adapter(path: str, key: str) -> str | None:
     """The model that an adapter folder belongs to; None for any other folder."""
-    file = Path(path) / "adapter_config.json"
-    if not file.is_file() or (Path(path) / "config.json").is_file():
+    settings = None if (Path(path) / "config.json").is_file() else adapter_settings(path, key)
+    if settings is None:
         return None
-    base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    base = settings.get("base_model_name_or_path")
     if not base:
         raise ConfigError(f"{key}={path}: an adapter that does not name its base model; merge it into a model first")
+    if Path(base).is_absolute() and not Path(base).is_dir():
+        problem = f"an adapter whose base model {base} is not there"
+        raise ConfigError(f"{key}={path}: {problem}; set base_model_name_or_path in its adapter_config.json to it")
     return str(base)
 
 

@@ -43,6 +43,8 @@ class RunFolder:
         key, resume = f"run.dir={self.path}", self._config.run.resume
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"{key}: is a file; choose another folder")
+        if (file := next((parent for parent in self.path.parents if parent.is_file()), None)) is not None:
+            raise ConfigError(f"{key}: lies in a file ({file}); choose another folder")
         if resume not in ("auto", "never"):
             self.checkpoint = Path(resume)
             if not (self.checkpoint / "trainer_state.json").is_file():

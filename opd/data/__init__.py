@@ -13,6 +13,7 @@ from opd.data.own import load_own
 from opd.data.rendering import Rendering
 from opd.data.responses import with_responses
 from opd.data.stream import StreamedExamples as StreamedExamples
+from opd.data.templates import check_system_prompt
 from opd.data.walk import PAIRED, WalkTask
 from opd.data.walk_rules import training_pairs
 from opd.errors import ConfigError
@@ -125,7 +126,7 @@ def _walk(
 ) -> DataSet:
     del stop_ids
     task, settings = WalkTask(config.data.variant), config.data
-    _check_variant(config, needs)
+    check_variant(config, needs)
     asked = settings.limit or len(training_pairs())
     train = task.train(tokenizer, asked, config.run.seed, teacher_tokenizer)
     dropped = {"chosen_is_rejected": asked - len(train)} if len(train) < asked else {}
@@ -138,7 +139,8 @@ def _walk(
     return DataSet(train, evaluation, task.score, dict(probes), summary)
 
 
-def _check_variant(config: Config, needs: Needs) -> None:
+def check_variant(config: Config, needs: Needs) -> None:
+    """Refuse a variant of the walk that lacks what the method learns from."""
     variant, method = config.data.variant, config.method.name
     if "chosen" in needs.sequences and variant not in PAIRED:
         raise ConfigError(f"data.variant={variant}: method={method} learns from preference pairs; use data=walk_bold")
@@ -153,6 +155,8 @@ def _own(
     stop_ids: frozenset[int],
     teacher_tokenizer: PreTrainedTokenizerBase | None,
 ) -> DataSet:
+    if config.data.system_prompt is not None:
+        check_system_prompt(tokenizer, config.data.system_prompt)
     rendering = Rendering(
         tokenizer,
         # Held-out rows are scored by their completions, so that methods that do not learn from them can be compared.

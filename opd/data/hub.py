@@ -50,8 +50,20 @@ def _opened(origin: Origin, prefix: str, *, streaming: bool) -> Iterable[Any]:
         return load_dataset(origin.path, name=origin.subset, split=origin.split, **settings)  # type: ignore
     if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
         return _saved(load_from_disk(str(folder)), origin, prefix)
+    _check_whole(folder, origin, prefix)
     # Streamed: a copy of every folder in the library's cache would help nobody.
     return load_dataset(str(folder.resolve()), name=origin.subset, split=origin.split, streaming=True)  # type: ignore
+
+
+def _check_whole(folder: Path, origin: Origin, prefix: str) -> None:
+    """Refuse a split of which some files are not there: the library reads the others without a word."""
+    pattern = re.compile(rf"{re.escape(origin.split)}-\d+-of-(\d+)\.\w+")
+    found = {file.name: match for file in folder.rglob("*-of-*") if (match := pattern.fullmatch(file.name))}
+    wanted = max((int(match[1]) for match in found.values()), default=0)
+    if len(found) < wanted:
+        problem = f"{len(found)} of the {wanted} files of this split are there"
+        setting = f"{prefix}path={origin.path} {prefix}split={origin.split}"
+        raise ConfigError(f"{setting}: {problem}; download the others, or read one by itself (data=file)")
 
 
 def _commit(origin: Origin, prefix: str, *, offline: bool) -> str | None:

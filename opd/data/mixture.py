@@ -58,10 +58,13 @@ def _kept(origin: MixedOrigin, name: str, rendering: Rendering, wanted: int | No
     prefix, tally, kept = f"data.sources.{name}.", rendering.tally(), []
     where = name_of(origin, prefix)
     rows = rows_of(origin, prefix, streaming=wanted is not None)
-    for example in rendering.examples(rows, columns_of(origin), where, tally):
-        kept.append(replace(example, fields={**example.fields, "source": name, "source_row": example.row}))
-        if wanted is not None and len(kept) >= wanted:
-            break
-    if not kept:
-        raise rendering.nothing_kept(where, tally)
+    try:
+        for example in rendering.examples(rows, columns_of(origin), where, tally):
+            kept.append(replace(example, fields={**example.fields, "source": name, "source_row": example.row}))
+            if wanted is not None and len(kept) >= wanted:
+                break
+        if not kept:
+            raise rendering.nothing_kept(where, tally)
+    except ConfigError as error:  # each source names its own columns
+        raise ConfigError(str(error).replace("data.columns", f"{prefix}columns")) from None
     return kept, tally

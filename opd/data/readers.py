@@ -97,6 +97,8 @@ def _check_readable(path: Path, key: str) -> None:
         raise _refusal(key, path, "is a folder", f"name one file in it ({known})")
     if not path.exists():
         raise _refusal(key, path, "no such file", _where_it_may_be(path))
+    if path.suffix.lower() in _UNFINISHED:
+        raise _refusal(key, path, "a download that is not finished", "download it again")
     if path.suffix.lower() not in _READERS:
         ending = repr(path.suffix) if path.suffix else "no extension"
         raise _refusal(key, path, f"cannot tell the format from {ending}", f"convert or rename to one of {known}")
@@ -224,6 +226,8 @@ def _read_txt(path: Path, key: str) -> Iterator[_Numbered]:
         for number, line in enumerate(file, start=1):
             yield number, ({"prompt": line.rstrip("\n")} if line.strip() else None)
 
+
+_UNFINISHED = (".incomplete", ".part", ".crdownload")  # what the hub's client and browsers call them
 
 _READERS = {
     ".json": _read_json,

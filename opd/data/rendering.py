@@ -107,12 +107,13 @@ class Rendering:
             if row is None:
                 tally.blank_lines += 1
                 continue
-            rendered = self._tried(row, columns, where, tally)
+            rendered = self.tried(row, columns, where, tally)
             tally.note(rendered)
             if rendered.example is not None:
                 yield rendered.example
 
-    def _tried(self, row: Row, columns: Mapping[str, str], where: str, tally: Tally) -> Rendered:
+    def tried(self, row: Row, columns: Mapping[str, str], where: str, tally: Tally) -> Rendered:
+        """One row; one that cannot be read is dropped, or refused with the way past it. `tally` keeps the first."""
         try:
             return self(row, columns, where)
         except RowError as error:

@@ -71,13 +71,15 @@ class StreamedExamples:
         for number in itertools.count():
             tally = self._rendering.tally()
             for row in shuffled(self._read(), self._buffer, generator(self._seed, "stream", number)):
-                rendered = self._rendering(row, self._columns, self._where)
+                rendered = self._rendering.tried(row, self._columns, self._where, tally)
                 tally.note(rendered)
                 example, read = rendered.example, read + 1
-                if example is None or prompt_identity(example) in self._held_out:
-                    dropped += example is None
-                    tally.dropped["held_out"] += example is not None
-                    tally.kept -= example is not None
+                if example is None:
+                    dropped += 1
+                    continue
+                if prompt_identity(example) in self._held_out:
+                    tally.dropped["held_out"] += 1
+                    tally.kept -= 1
                     continue
                 yield StreamedRow(example, read, dropped, int(rendered.truncated))
                 read = dropped = 0

@@ -32,18 +32,34 @@ def set_template(tokenizer: PreTrainedTokenizerBase, chosen: str | None, thinkin
     if chosen == TRAINING:
         tokenizer.chat_template = _training_template(tokenizer, f"{prefix}chat_template={chosen}")
     elif chosen is not None:
-        tokenizer.chat_template = _read(_file(chosen, prefix), f"{prefix}chat_template={chosen}")
+        tokenizer.chat_template = _read(template_file(chosen, prefix), f"{prefix}chat_template={chosen}")
     if thinking is not None:
         tokenizer.chat_template = _with_thinking(tokenizer, thinking, f"{prefix}thinking={str(thinking).lower()}")
     if chosen is not None or thinking is not None:
         _check(tokenizer, f"{prefix}chat_template={chosen}")
 
 
+def check_system_prompt(tokenizer: PreTrainedTokenizerBase, system_prompt: str) -> None:
+    """Refuse a system prompt that the template does not take, or leaves out without a word."""
+    if not tokenizer.chat_template:
+        return
+    messages = [{"role": "system", "content": system_prompt}, {"role": "user", "content": "a"}]
+    try:
+        shown = tokenizer.apply_chat_template(messages, tokenize=False)
+        problem = "" if system_prompt.strip() in str(shown) else "does not show a system message"
+    except (jinja2.TemplateError, TypeError) as error:
+        problem = f"refuses a system message ({' '.join(str(error).split())})"
+    if problem:
+        setting = f"data.system_prompt={' '.join(system_prompt.split())}"
+        remedy = "set it to null, or model.student.chat_template to one that does"
+        raise ConfigError(f"{setting}: the student's chat template {problem}; {remedy}")
+
+
 def template_digest(chosen: str) -> str:
     """What tells one template from another, whatever name it goes by."""
     if chosen == TRAINING:
         return f"training of trl {metadata.version('trl')}"
-    return hashlib.blake2b(_file(chosen, "model.").read_bytes(), digest_size=16).hexdigest()
+    return hashlib.blake2b(template_file(chosen, "model.").read_bytes(), digest_size=16).hexdigest()
 
 
 def packaged_templates() -> dict[str, Path]:
@@ -51,7 +67,8 @@ def packaged_templates() -> dict[str, Path]:
     return {file.stem: file for folder in _PACKAGED for file in sorted(folder.glob("*.jinja"))}
 
 
-def _file(chosen: str, prefix: str) -> Path:
+def template_file(chosen: str, prefix: str) -> Path:
+    """The file of a chosen template, or the packaged one of that name. Raises ConfigError, in one line."""
     file, packaged = Path(chosen).expanduser(), packaged_templates()
     if not file.is_file() and chosen not in packaged:
         names = ", ".join([TRAINING, *sorted(packaged)])

@@ -154,3 +154,9 @@ def test_what_cannot_be_done_with_a_stream_is_refused(tmp_path, words, parts):
     (tmp_path / "rows.json").write_text(json.dumps(questions(1, 2)))
     words = [word.replace("{json}", str(tmp_path / "rows.json")) for word in words]
     refused(*SFT, "data=file", f"data.path={rows}", "train.max_steps=2", *words, parts=parts)
+
+
+def test_a_bad_row_of_a_stream_is_left_out_where_that_is_asked_for(stream):
+    rows = [*questions(0, 1), {"prompt": " ", "completion": "x", "n": 9}, *questions(2)]
+    found = numbers(stream(rows, "data.bad_rows=drop", steps=3).train)
+    assert Counter(found) == {0: 4, 1: 4, 2: 4}

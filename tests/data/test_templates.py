@@ -210,7 +210,7 @@ def test_both_answers_of_a_pair_and_both_prompts_of_opsd_get_the_system_prompt(t
 def test_a_template_without_a_system_role_says_so_itself(tmp_path):
     path = write_lines(tmp_path / "rows.jsonl", questions(1))
     words = ("data=file", f"data.path={path}", "data.eval_prompts=0", "method=sft", "model/teacher=none", SYSTEM)
-    refused(*words, tokenizer=gemma(), parts=["row 1", "System role not supported"])
+    refused(*words, tokenizer=gemma(), parts=["data.system_prompt=Be kind.", "System role not supported"])
 
 
 def test_an_empty_conversation_stays_empty(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from e2e.bad_input import Place
 from e2e.model_folders import build_model, write_rows
 
 
@@ -29,3 +30,9 @@ def own_place(tmp_path, monkeypatch):
     monkeypatch.setenv("OPD_ARTIFACTS", str(tmp_path / "artifacts"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.delenv("RANK", raising=False)
+
+
+@pytest.fixture
+def place(tmp_path, student, teacher, rows):
+    """What would run, for a test to break."""
+    return Place(tmp_path, student, teacher, rows)

@@ -12,10 +12,15 @@ from pathlib import Path
 
 import pytest
 
+from e2e.bad_input import is_refused, names
 from e2e.command import ENVIRONMENT, ROOT, call, snapshot
-from e2e.model_folders import CHATML, build_model, build_tokenizer, file_run
+from e2e.model_folders import file_run
 
-FILE = "data=file data.path=rows.jsonl model/student=path"
+ROWS = "data=file data.path=rows.jsonl"
+FILE = f"{ROWS} model/student=path"
+STREAM = f"{ROWS} data.streaming=true train.max_steps=1"
+LORA, PLUS = "model/adapter=lora", "+data.sources.a"
+PART = f"data=mixture {PLUS}"
 
 # The command's words -> for every line of stderr, what it has to name.
 KNOWN_FROM_THE_CONFIG: dict[str, list[tuple[str, ...]]] = {
@@ -92,7 +97,76 @@ KNOWN_FROM_THE_CONFIG: dict[str, list[tuple[str, ...]]] = {
     "model.teacher.top_k=4 method.kd_temperature=2": [("model.teacher.top_k=4:", "whole distribution", "null")],
     "mode=plan": [("mode=plan: not built yet", "use train, check, eval, responses or scores")],
     "hardware.nodes=2": [("hardware.nodes=2: several nodes are not built yet", "set it to 1")],
+    # Models and adapters
+    "model/student=qwen3_8b_bas": [("model/student=qwen3_8b_bas: no such option", "did you mean qwen3_8b_base?")],
+    "model/teacher=qwen3_32": [("model/teacher=qwen3_32: no such option", "did you mean qwen3_32b?")],
+    "model/adapter=lor": [("model/adapter=lor: no such option", "did you mean lora?")],
+    "experiment=walk_gdk": [("experiment=walk_gdk: no such option", "did you mean walk_gkd?")],
+    "model.student.path=": [("model.student.path='': must have at least 1 character",)],
+    "model.student.chat_template=": [("model.student.chat_template='': must have at least 1 character",)],
+    "model.student.chat_template=chatlm": [("model.student.chat_template=chatlm: no such file", "one of training, ch")],
+    "model.student.revision=5": [("model.student.revision=5: must be a valid string",)],
+    "model.student.dtype=fp8": [("model.student.dtype='fp8': must be 'auto', 'float32', 'bfloat16' or 'float16'",)],
+    "model.student.attention=sdp": [("model.student.attention='sdp': must be 'sdpa', 'eager' or 'flash_attention_2'",)],
+    "model.student.thinking=maybe": [("model.student.thinking='maybe': must be a valid boolean",)],
+    "model.student.trust_remote_code=5": [("model.student.trust_remote_code=5: must be a valid boolean",)],
+    "model.student.quantization=3bit": [("model.student.quantization='3bit': must be '8bit' or '4bit'",)],
+    "model.student.quantization=4bit": [
+        ("model.student.quantization=4bit: quantized weights cannot be trained", "add model/adapter=lora")
+    ],
+    f"{LORA} model.student.lora.targets=null": [
+        ("model.student.lora.targets=None: must be a valid list", "write [a, b], or be 'all-linear'")
+    ],
+    f"{LORA} model.student.lora.targets=q_proj": [
+        ("model.student.lora.targets='q_proj': must be a valid list; write [q_proj], or be 'all-linear'",)
+    ],
+    f"{LORA} model.student.lora.targets=[]": [("model.student.lora.targets=[]: must have at least 1 item",)],
+    f"{LORA} model.student.lora.rank=8": [("model.student.lora.rank: unknown key", "mean model.student.lora.r?")],
+    f"{LORA} model.student.lora.dropout=1": [("model.student.lora.dropout=1: must be less than 1",)],
+    # Data
+    "data=tulu": [("data=tulu: no such option", "did you mean tulu3?")],
+    "data=hub": [("data.path: missing", "set data.path=")],
+    "data=hub data.path=/nonexistent/set": [("data.path=/nonexistent/set: no such file", "folder or a hub id")],
+    f"{ROWS} data.path=": [("data.path='': must have at least 1 character",)],
+    f"{ROWS} data.bad_rows=maybe": [("data.bad_rows='maybe': must be 'refuse' or 'drop'",)],
+    f"{ROWS} data.eval_path=nope.jsonl": [("data.eval_path=nope.jsonl: no such file", "give a")],
+    f"{ROWS} data.eval_split=test": [("data.eval_split=test: data=file has no splits", "set data.eval_path")],
+    f"{ROWS} data.columns=prompt": [("data.columns='prompt': must be a valid dictionary",)],
+    f"{ROWS} +data.sources.a={{path:rows.jsonl,weight:1}}": [("data.sources: data=file has one source", "=mixture")],
+    "data=prompts_file data.path=rows.txt method=dpo": [
+        ("data.path=rows.txt: a .txt file holds prompts only", "method=dpo", "give .jsonl rows")
+    ],
+    # Mixtures and streams
+    "data=mixture": [("data.sources={}: a mixture of nothing", "+data.sources.NAME.path=")],
+    f"{PART}.path=rows.jsonl": [("data.sources.a.weight: missing", "set it")],
+    f"{PART}.weight=1": [("data.sources.a.path=None: data=mixture reads rows", "set data.sources.a.path to a file")],
+    f"{PART}.path=rows.jsonl {PLUS}.weight=0": [("data.sources.a.weight=0: must be greater than 0",)],
+    f"{PART}.path=rows.jsonl {PLUS}.weight=-1": [("data.sources.a.weight=-1: must be greater than 0",)],
+    f"{PART}.path=nope.jsonl {PLUS}.weight=1": [("data.sources.a.path=nope.jsonl: no such file", "give a")],
+    f"{PART}.path=rows.jsonl {PLUS}.weight=1 {PLUS}.colums=1": [
+        ("data.sources.a.colums=1: unknown key", "did you mean columns?")
+    ],
+    "data=mixture data.sources.a.path=rows.jsonl": [("data.sources.a: no such source yet", "put a + before")],
+    "data=mixture +data.sources=[rows.jsonl]": [("data.sources=[rows.jsonl]: not the kind of value", "--cfg job")],
+    f"{PART}={{path:rows.jsonl,weight:1}} data.streaming=true train.max_steps=1": [
+        ("data.streaming=true: data=mixture needs to know how many rows there are", "set it to false")
+    ],
+    f"{ROWS} data.streaming=true": [("train.max_steps=None: data.streaming=true knows no end", "set train.max_steps")],
+    f"{STREAM} data.path=rows.json": [("data.streaming=true: data.path=rows.json can only be read whole", ".jsonl")],
+    f"{STREAM} train.save_every_epoch=true": [
+        ("train.save_every_epoch=true: data.streaming", "train.save_every_steps")
+    ],
+    f"{STREAM} mode=responses": [("data.streaming=true: mode=responses goes over all rows", "set it to false")],
+    "data.streaming=true": [("data.streaming: unknown key", "data=file (or data=hub, data=tulu3) has it")],
+    # Checks, tasks and trackers
+    "run.preflight=true": [("run.preflight=True: must be 'strict', 'warn' or 'off'",)],
+    "evaluation.lm_eval.tasks=gsm8k": [("evaluation.lm_eval.tasks='gsm8k': must be a valid list; write [gsm8k]",)],
+    "evaluation.lm_eval.tasks=[no.yaml]": [("evaluation.lm_eval.tasks=no.yaml: no such file", "give a task's YAML")],
+    "evaluation.lm_eval.limit=0": [("evaluation.lm_eval.limit=0: must be greater than or equal to 1",)],
+    "tracking=mlflow": [("tracking=mlflow: no such option", "choose from none, tensorboard, wandb")],
+    "tracking=wandb tracking.mode=onlin": [("tracking.mode='onlin': must be 'online', 'offline' or 'disabled'",)],
     # The run's folder
+    "run.dir=rows.txt/run": [("run.dir=rows.txt/run: lies in a file", "choose another folder")],
     "run.dir=": [("run.dir='': must have at least 1 character",)],
     "run.dir=rows.txt": [("run.dir=rows.txt: is a file", "choose another folder")],
     "run.dir=/usr": [("run.dir=/usr: not empty, and not a run's folder (no config.yaml)", "choose another folder")],
@@ -176,6 +250,8 @@ def config_answers(tmp_path_factory):
     """All of them asked in one process, which never needs torch."""
     folder = tmp_path_factory.mktemp("config")
     (folder / "rows.txt").write_text("What is 2 plus 2?\n")
+    (folder / "rows.json").write_text('[{"prompt": "What is 2 plus 2?", "completion": "4"}]')
+    (folder / "rows.jsonl").write_text('{"prompt": "What is 2 plus 2?", "completion": "4"}\n')
     done = subprocess.run(
         [sys.executable, "-c", ASK_ALL],
         input=json.dumps(list(KNOWN_FROM_THE_CONFIG)),
@@ -194,260 +270,37 @@ def config_answers(tmp_path_factory):
 def test_what_the_config_alone_forbids_is_refused_without_torch(config_answers, words):
     answer = config_answers[words]
     assert answer["code"] == 2
-    _names(answer["lines"], KNOWN_FROM_THE_CONFIG[words])
+    names(answer["lines"], KNOWN_FROM_THE_CONFIG[words])
     assert not answer["stdout"]
     assert not answer["touched"]
     assert not answer["torch"]
     assert answer["seconds"] < 2
 
 
-def _names(lines: list[str], expected: list[tuple[str, ...]]) -> None:
-    """Every line is one problem's, and names what it should."""
-    assert len(lines) == len(expected), lines
-    for line, parts in zip(lines, expected, strict=True):
-        assert line.startswith("opd: ")
-        missing = [part for part in parts if part not in line]
-        assert not missing, f"{missing} not in {line!r}"
-
-
-class Place:
-    """A student, a teacher and rows that would run, for one thing about them to be broken."""
-
-    def __init__(self, folder: Path, student: Path, teacher: Path, rows: Path) -> None:
-        self.folder, self.student, self.teacher, self.rows = folder, student, teacher, rows
-        self.run = folder / "run"
-
-    def words(self, *more: str) -> list[str]:
-        return file_run(self.run, self.rows, self.student, self.teacher, *more)
-
-    def copy_student(self) -> Path:
-        self.student = Path(shutil.copytree(self.student, self.folder / "student"))
-        return self.student
-
-    def write(self, name: str, text: str) -> Path:
-        path = self.folder / name
-        path.write_text(text)
-        return path
-
-
-@pytest.fixture
-def place(tmp_path, student, teacher, rows):
-    return Place(tmp_path, student, teacher, rows)
-
-
-def _empty_file(place):
-    place.rows = place.write("bad.jsonl", "")
-    return (), ("data.path=", "bad.jsonl: the file is empty", "give a file with at least one row")
-
-
-def _unknown_suffix(place):
-    place.rows = place.write("bad.yaml", "a")
-    return (), ("data.path=", "cannot tell the format from '.yaml'", "convert or rename")
-
-
-def _json_syntax(place):
-    place.rows = place.write("bad.jsonl", '{"prompt": "a"}\n{"prompt": "b"\n')
-    return (), ("data.path=", "bad.jsonl: line 2: not JSON", "fix that line")
-
-
-def _missing_column(place):
-    place.rows = place.write("bad.jsonl", '{"question": "a"}\n' * 20)
-    return (), ("data.path=", "row 1: no column", "found: question", "data.columns.prompt=question")
-
-
-def _renamed_column_missing(place):
-    place.rows = place.write("bad.jsonl", '{"question": "a"}\n' * 20)
-    return ("data.columns.prompt=qestion",), ("data.columns.prompt=qestion: no such column", "did you mean question?")
-
-
-def _empty_prompt(place):
-    place.rows = place.write("bad.jsonl", '{"prompt": "a", "completion": "b"}\n' * 20 + '{"prompt": "  "}\n')
-    return (), ("data.path=", "row 21: the prompt is empty", "fill it in or remove the row")
-
-
-def _prompts_only(place):
-    place.rows = place.write("bad.jsonl", '{"prompt": "hello"}\n' * 20)
-    return ("method=sft",), ("data.path=", "row 1: the method needs a completion", "add a completion column")
-
-
-def _every_prompt_too_long(place):
-    return ("data.max_prompt_length=3",), ("data.path=", "none of 20 rows is kept", "raise", "max_prompt_length=3")
-
-
-def _fewer_rows_than_a_batch(place):
-    return ("train.batch_size=100",), ("train.batch_size=100: the data has only 16", "lower it to 16 or less")
-
-
-def _fewer_rows_than_held_out(place):
-    return ("data.eval_prompts=100",), ("data.eval_prompts=100: only 20 rows", "lower it to 19 or less")
-
-
-def _same_tokens_other_ids(place):
-    from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
-
-    model = json.loads(build_tokenizer().backend_tokenizer.to_str())
-    ids = model["model"]["vocab"]
-    ids["!"], ids["a"] = ids["a"], ids["!"]
-    swapped = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(model)), eos_token="<|im_end|>", chat_template=CHATML
-    )
-    place.teacher = build_model(place.folder / "teacher", tokenizer=swapped)
-    return (), ("model.teacher.path=", "not the student's: 2 tokens differ", "choose a teacher of the same family")
-
-
-def _same_size_other_tokens(place):
-    place.teacher = build_model(place.folder / "teacher", tokenizer=build_tokenizer(reverse=True))
-    return (), ("model.teacher.path=", "is not the student's", "choose a teacher of the same family")
-
-
-def _no_tokenizer(place):
-    for file in place.copy_student().glob("*token*"):
-        file.unlink()
-    return (), ("model.student.path=", "no tokenizer lies there", "give a complete folder")
-
-
-def _broken_tokenizer(place):
-    (place.copy_student() / "tokenizer.json").write_text("{")
-    return (), ("model.student.path=", "no tokenizer loads from it", "give a complete folder")
-
-
-def _no_eos(place):
-    file = place.copy_student() / "tokenizer_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token": None}))
-    (place.student / "generation_config.json").unlink()
-    return (), ("model.student.path=", "has no eos token", "set eos_token")
-
-
-def _no_config_json(place):
-    (place.copy_student() / "config.json").unlink()
-    return (), ("model.student.path=", "not a model folder (no config.json)", "save_pretrained")
-
-
-def _unknown_model_type(place):
-    (place.copy_student() / "config.json").write_text('{"model_type": "frobnicate"}')
-    return (), ("model.student.path=", "no model that transformers knows", "`frobnicate`", "upgrade transformers")
-
-
-def _not_a_language_model(place):
-    (place.copy_student() / "config.json").write_text('{"model_type": "clip"}')
-    return (), ("model.student.path=", "its weights do not load", "CLIPConfig", "give a complete folder")
-
-
-def _no_weights(place):
-    (place.copy_student() / "model.safetensors").unlink()
-    return (), ("model.student.path=", "its weights do not load", "model.safetensors", "give a complete folder")
-
-
-def _truncated_weights(place):
-    file = place.copy_student() / "model.safetensors"
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    return (), ("model.student.path=", "its weights do not load", "not fully covered", "give a complete folder")
-
-
-def _a_weight_left_out(place):
-    from safetensors.torch import load_file, save_file
-
-    file = place.copy_student() / "model.safetensors"
-    weights = load_file(file)
-    weights.pop("model.layers.1.mlp.up_proj.weight")
-    save_file(weights, file, metadata={"format": "pt"})
-    return (), ("model.student.path=", "1 weights are not in it, e.g. model.layers.1.mlp.up_proj.weight", "complete")
-
-
-def _other_shapes(place):
-    file = place.copy_student() / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "hidden_size": 32}))
-    return (), ("model.student.path=", "its weights do not load", "give a complete folder")
-
-
-def _no_chat_template_file(place):
-    return ("model.student.chat_template=no.jinja",), ("model.student.chat_template=no.jinja: no such file", "name a")
-
-
-def _broken_chat_template(place):
-    file = place.write("bad.jinja", "{% for x %}")
-    return (f"model.student.chat_template={file}",), ("model.student.chat_template=", "not a Jinja template", "mend it")
-
-
-def _attention_that_is_not_there(place):
-    return ("model.student.attention=flash_attention_2",), (
-        "model.student.attention=flash_attention_2: has no kernel for hardware.device=cpu",
-        "set it to sdpa",
-    )
-
-
-def _lora_targets_that_are_not_there(place):
-    lora = "model.student.lora={r:4,alpha:8,dropout:0.0,targets:[nope]}"
-    return (lora,), ("model.student.lora.targets=['nope']: does not fit this model", "use all-linear")
-
-
-def _devices_that_are_not_there(place):
-    import torch
-
-    if torch.cuda.device_count() >= 2:
-        pytest.skip("this machine has them")
-    return ("hardware=a800x2", "train.batch_size=4"), ("hardware=a800x2: needs 2 CUDA devices", "use hardware=cpu_tiny")
-
-
-def _no_metal(place):
-    import torch
-
-    if torch.backends.mps.is_available():
-        pytest.skip("this machine has it")
-    return ("hardware.device=mps",), ("hardware.device=mps: this machine has none", "use hardware.device=cpu")
-
-
-BROKEN = [
-    _empty_file,
-    _unknown_suffix,
-    _json_syntax,
-    _missing_column,
-    _renamed_column_missing,
-    _empty_prompt,
-    _prompts_only,
-    _every_prompt_too_long,
-    _fewer_rows_than_a_batch,
-    _fewer_rows_than_held_out,
-    _same_tokens_other_ids,
-    _same_size_other_tokens,
-    _no_tokenizer,
-    _broken_tokenizer,
-    _no_eos,
-    _no_config_json,
-    _unknown_model_type,
-    _not_a_language_model,
-    _no_weights,
-    _truncated_weights,
-    _a_weight_left_out,
-    _other_shapes,
-    _no_chat_template_file,
-    _broken_chat_template,
-    _attention_that_is_not_there,
-    _lora_targets_that_are_not_there,
-    _devices_that_are_not_there,
-    _no_metal,
-]
-
-
-@pytest.mark.parametrize("broken", BROKEN, ids=lambda case: case.__name__.strip("_"))
-def test_a_broken_model_or_file_is_refused_before_the_run_has_a_folder(place, broken):
-    more, parts = broken(place)
-    answer = call(*place.words(*more))
-    assert answer.code == 2
-    _names(answer.lines, [parts])
-    assert not place.run.exists()
-
-
 def test_the_same_command_with_nothing_broken_runs(place):
     assert call(*place.words("train.max_steps=1")).code == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        ("data=walk_bold method=opsd", ("data.variant=bold: method=opsd needs a hint", "use data=walk_hint")),
+        ("data=walk method=dpo", ("data.variant=plain: method=dpo learns from preference", "use data=walk_bold")),
+    ],
+)
+def test_a_walk_without_what_the_method_needs_is_refused_before_its_models_are_made(words, parts, monkeypatch):
+    monkeypatch.setattr("opd.pipeline.ensure_models", lambda _: pytest.fail("models are made"))
+    answer = call("run.dir=run", *words.split())
+    assert answer.code == 2
+    names(answer.lines, [parts])
+    assert not snapshot(Path())
 
 
 def test_a_process_that_torchrun_started_is_refused(place, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     answer = call(*place.words())
     assert answer.code == 2
-    _names(answer.lines, [("RANK=0: opd starts its own ranks", "without torchrun")])
+    names(answer.lines, [("RANK=0: opd starts its own ranks", "without torchrun")])
     assert not place.run.exists()
 
 
@@ -475,7 +328,7 @@ def test_a_folder_that_holds_another_run_is_left_as_it_was(place, finished_run, 
     before = snapshot(place.run)
     answer = call(*place.words(*more.split()))
     assert answer.code == 2
-    _names(answer.lines, [(f"run.dir={place.run}: ", *parts)])
+    names(answer.lines, [(f"run.dir={place.run}: ", *parts)])
     assert snapshot(place.run) == before
 
 
@@ -483,7 +336,7 @@ def test_a_folder_that_cannot_be_made_is_refused(place):
     place.run = Path("/proc/opd/run")
     answer = call(*place.words())
     assert answer.code == 2
-    _names(answer.lines, [("run.dir=/proc/opd/run: cannot be made", "choose another folder")])
+    names(answer.lines, [("run.dir=/proc/opd/run: cannot be made", "choose another folder")])
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
@@ -493,13 +346,27 @@ def test_a_folder_in_a_read_only_one_is_refused(place):
     place.run = parent / "run"
     answer = call(*place.words())
     assert answer.code == 2
-    _names(answer.lines, [(f"run.dir={place.run}: cannot be made (Permission denied)", "choose another folder")])
+    names(answer.lines, [(f"run.dir={place.run}: cannot be made (Permission denied)", "choose another folder")])
+
+
+def test_a_folder_on_a_disk_that_is_read_only_is_refused(place, small_disk):
+    disk, resize = small_disk
+    assert resize(100, "ro")
+    place.run = disk / "run"
+    is_refused(place, (), (f"run.dir={place.run}: cannot be made (Read-only file system)", "choose another folder"))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_rows_that_may_not_be_read_are_refused(place):
+    place.rows = place.write("closed.jsonl", '{"prompt": "a", "completion": "b"}\n')
+    place.rows.chmod(0)
+    is_refused(place, (), (f"data.path={place.rows}: cannot be read (Permission denied)", "its permissions"))
 
 
 def test_a_run_whose_loss_is_no_number_fails_in_one_line(place):
     answer = call(*place.words("train.learning_rate=1e30", "train.optimizer=sgd", "train.max_grad_norm=0"))
     assert answer.code == 1
-    _names(answer.lines[-1:], [("step 2: the loss is nan", "lower train.learning_rate")])
+    names(answer.lines[-1:], [("step 2: the loss is nan", "lower train.learning_rate")])
     assert "Traceback" not in answer.stderr
 
 
@@ -508,7 +375,7 @@ FOUR_STEPS = ("train.max_steps=4", "train.save_every_steps=2", "evaluation.sampl
 
 def _fails_to_save(answer, place) -> None:
     assert answer.code == 1
-    _names(answer.lines[-1:], [(f"run.dir={place.run}: checkpoint-", "could not be saved", "free space and run the")])
+    names(answer.lines[-1:], [(f"run.dir={place.run}: checkpoint-", "could not be saved", "free space and run the")])
     assert "Traceback" not in answer.stderr
 
 
@@ -545,7 +412,7 @@ def test_a_final_model_that_cannot_be_written_fails_the_run_and_the_same_command
     answer = call(*words)
     file_limit(None)
     assert answer.code == 1
-    _names(answer.lines[-1:], [(f"run.dir={place.run}: final_model could not be written", "free space and run the")])
+    names(answer.lines[-1:], [(f"run.dir={place.run}: final_model could not be written", "free space and run the")])
     assert call(*words).code == 0
 
 
@@ -564,7 +431,7 @@ def small_disk(tmp_path):
 
     if os.geteuid() or not resize(100):
         pytest.skip("needs the right to mount")
-    yield disk, lambda kilobytes: resize(kilobytes, "remount")
+    yield disk, lambda kilobytes, *options: resize(kilobytes, "remount", *options)
     subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 

@@ -16,6 +16,7 @@ def test_a_command_prints_nothing_of_libraries_that_it_does_not_use(tmp_path, ro
     assert_quiet(answer)
 
 
+@pytest.mark.slow
 def test_a_training_with_adapters_and_gradient_checkpointing_prints_nothing_of_theirs(tmp_path, rows, student, teacher):
     pytest.importorskip("bitsandbytes")
     more = (LORA, "model.student.gradient_checkpointing=true", "model.student.quantization=8bit", "run.preflight=off")

@@ -88,6 +88,7 @@ def _rank(rank, folder, variants):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_ranks_find_nothing_in_what_is_healthy(tmp_path):
     ranks = [FORKS.Process(target=_rank, args=(rank, tmp_path, DEFAULTS), daemon=True) for rank in range(2)]
     for process in ranks:

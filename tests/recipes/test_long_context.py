@@ -96,6 +96,7 @@ def step(place: Path, model: Path, length: int) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_what_the_loss_takes_does_not_grow_with_the_tokens():
     ours = {tokens: megabytes("loss", str(tokens)) for tokens in (LENGTH // 4, LENGTH)}
     dense = megabytes("dense_loss", str(LENGTH // 4))
