@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from opd.adapter_folder import adapter_settings
-from opd.config import Config, Model, Student, did_you_mean, parse
+from opd.config import Config, Data, Model, Student, did_you_mean, parse
 from opd.data.origins import is_hub_id
 from opd.data.walk_rules import evaluation_pairs, training_pairs
 from opd.errors import ConfigError
@@ -57,7 +57,11 @@ def _scores(config: Config) -> list[str]:
 
 def _models(config: Config) -> list[str]:
     models = {"model.student": config.model.student, "model.teacher": config.model.teacher}
-    problems = [line for key, model in models.items() for line in (*_path(key, model), *_recipe(key, model))]
+    problems = [
+        line
+        for key, model in models.items()
+        for line in (*_path(key, model), *_recipe(key, model), *_revision(key, model))
+    ]
     if config.model.student.path is None and config.model.student.recipe is None:
         problems.append("model.student.path=None: the student needs a folder or hub id; or model/student=walk")
     return problems + _adapter(config.model.student)
@@ -87,6 +91,14 @@ def _recipe(key: str, model: Model) -> list[str]:
         f"{key}.recipe.hidden_size={size}: not a multiple of twice {key}.recipe.num_heads={heads}; "
         f"choose a multiple of {2 * heads}"
     ]
+
+
+def _revision(key: str, model: Model) -> list[str]:
+    """A folder is as it is; but the base of an adapter that lies in it may be a hub id."""
+    path = Path(model.path or "").expanduser()
+    if model.revision is None or not (path / "config.json").is_file() or (path / "adapter_config.json").is_file():
+        return []
+    return [f"{key}.revision={model.revision}: {key}.path={model.path} is a folder and has none; set it to null"]
 
 
 def _path(key: str, model: Model, suffix: str = ".path") -> list[str]:
@@ -125,6 +137,11 @@ def _data(config: Config) -> list[str]:
     problems = [line for key, path in where.items() for line in _rows(config, key, path)]
     if data.eval_path is not None:
         problems += _rows(config, "data.eval_path", data.eval_path)
+        if not data.eval_prompts:
+            problem = f"data.eval_path={data.eval_path}: data.eval_prompts=0 evaluates on no row of it"
+            problems.append(f"{problem}; raise data.eval_prompts, or set data.eval_path to null")
+    if data.name == "file" and Path(data.path or "").expanduser().is_file():
+        problems += _one_file(data)
     if data.name != "mixture" and data.sources:
         problems.append(
             f"data.sources: data={data.name} has one source; choose data=mixture, or leave data.sources out"
@@ -133,6 +150,20 @@ def _data(config: Config) -> list[str]:
         problem = f"data.eval_split={data.eval_split}: data={data.name} has no splits"
         problems.append(f"{problem}; set data.eval_path, or set data.eval_split to null")
     return problems + (_stream(config) if data.streaming and not problems else [])
+
+
+def _one_file(data: Data) -> list[str]:
+    """What is set for data sets alone."""
+    remedy = "data=file reads one file; leave it null, or use data=hub"
+    problems = [
+        f"data.{key}={value}: {remedy}"
+        for key, value in (("subset", data.subset), ("revision", data.revision))
+        if value is not None
+    ]
+    # A data set in eval_path is read at this split, unless eval_split names another.
+    if data.split != "train" and data.eval_path is None:
+        problems.append(f"data.split={data.split}: {remedy.replace('null', 'train')}")
+    return problems
 
 
 def _rows(config: Config, key: str, path: str | None) -> list[str]:

@@ -51,6 +51,7 @@ class LmTasks:
         # lm-eval gives it a padding token; training's own stays what it is.
         self._tokenizer = copy.deepcopy(tokenizer)
         self._templated = self._settings.chat_template and tokenizer.chat_template is not None
+        self._system_prompt = config.data.system_prompt if self._templated else None
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         with _own_randomness(config.run.seed):
             self._loaded = self._load()
@@ -68,6 +69,7 @@ class LmTasks:
                 self._loaded,
                 limit=self._settings.limit,
                 bootstrap_iters=0,  # it would start processes; every document's score is kept instead
+                system_instruction=self._system_prompt,
                 apply_chat_template=self._templated,
                 fewshot_as_multiturn=True,
             )
@@ -117,6 +119,7 @@ class LmTasks:
             with redirect_stderr(StringIO()):  # its progress bar
                 task.build_all_requests(
                     limit=1,
+                    system_instruction=self._system_prompt,
                     apply_chat_template=self._templated,
                     fewshot_as_multiturn=True,
                     chat_template=self._render if self._templated else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from dataclasses import dataclass
@@ -306,7 +307,7 @@ def _introduce(loaded: _Run) -> None:
     if lost:
         log.info("data: %s", ", ".join(f"{name} {count}" for name, count in lost.items()))
     loaded.checks.tell()
-    folder.write_json("preflight.json", [finding.record() for finding in loaded.checks.findings])
+    _keep_findings(loaded)
     if found := loaded.texts.coverage:
         log.info("tokens of student and teacher: %s\n", _coverage_line(found))
     for note in loaded.method.notes():
@@ -321,6 +322,16 @@ def _introduce(loaded: _Run) -> None:
         )
     if folder.continues:
         log.info("continues the interrupted run in %s from step %d\n", folder.path, folder.resumed_step)
+
+
+def _keep_findings(loaded: _Run) -> None:
+    """preflight.json. A run that continues made no check of the gradient: what its beginning found stays."""
+    found = [finding.record() for finding in loaded.checks.findings]
+    file = loaded.folder.path / "preflight.json"
+    if loaded.folder.continues and file.is_file():
+        earlier = json.loads(file.read_text(encoding="utf-8"))
+        found = [*(record for record in earlier if record not in found), *found]
+    loaded.folder.write_json("preflight.json", found)
 
 
 def _facts(loaded: _Run) -> dict[str, str]:

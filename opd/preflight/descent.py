@@ -59,7 +59,7 @@ def check_descent(
     if not displacement.squared:
         return
     ratios, low, high = [], *((0.8, 1.25) if trial.exact else (0.5, 2.0))
-    visible = (2e-6 if trial.exact else 2e-3) * max(1.0, abs(step.loss))
+    visible = (2e-5 if trial.exact else 2e-3) * max(1.0, abs(step.loss))
     for shrink in range(_TRIES):
         rate = _FIRST_STEP * 4.0**-shrink * displacement.unit
         if 2 * rate * displacement.squared < visible:
@@ -76,7 +76,7 @@ def check_descent(
     nearest = min(ratios, key=lambda ratio: abs(ratio - 1))
     yield Finding(
         "gradient.descent",
-        "error" if trial.exact else "warning",
+        "error" if trial.exact and not 0.1 < nearest < 10 else "warning",
         f"along its gradient the loss changes by {nearest:.3g} times what the gradient says",
         "a step would not lower what is logged as the loss",
         "look for scores without a gradient, a sign, or a factor that loss and gradient do not share",

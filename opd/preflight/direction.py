@@ -16,6 +16,7 @@ from opd.protocols import TokenSequence
 from opd.window import Window
 
 _SMALL_STEP = 1e-3  # of the length of the weights
+_TRIES = 4  # each a quarter of the one before
 _RAISED = 0.1  # nats, added to one of the teacher's log-probabilities
 _FEW = 8  # loss tokens, below which one of them moves the mean of all too much
 
@@ -27,15 +28,18 @@ def check_direction(trial: Trial, engine: Engine, window: Window, step: Step) ->
     from_data = not needs.rollouts and all(need.scores == "logprobs" for need in needs.teachers.values())
     if not from_data or needs.label_states or not displacement.squared:
         return
-    before = _preference(engine, window)
-    with displacement.by(-_SMALL_STEP * displacement.unit):
-        after = _preference(engine, window)
-    if after < before:
+    before, lowered = _preference(engine, window), []
+    for shrink in range(_TRIES):
+        with displacement.by(-_SMALL_STEP * 4.0**-shrink * displacement.unit):
+            lowered.append(before - _preference(engine, window))
+        if lowered[-1] <= 0:
+            return
+    if lowered:
         yield Finding(
             "gradient.direction",
             "error",
             f"one step lowers the log-probability of the rows' answers (less that of rejected ones) by "
-            f"{before - after:.3g} nats",
+            f"{lowered[-1]:.3g} nats",
             "the student unlearns what the data shows",
             "look at the loss's sign, and at which answer is chosen",
         )
@@ -62,7 +66,7 @@ def check_credit(trial: Trial, window: Window) -> Iterator[Finding]:
         spread = float((new - offset - slope * old).abs().max())
         own = after[name][here] - offset - slope * column[here]
         top = float(own[own.abs().argmax()])
-        if top > max(2 * spread, 1e-3 * _RAISED):
+        if top > max(2 * spread, 1e-4 * max(float(values.abs().max()) for values in column if len(values))):
             continue
         yield Finding(
             "gradient.credit",

@@ -18,7 +18,7 @@ from opd.loading import Texts
 from opd.preflight.alignment import check_alignment
 from opd.preflight.descent import check_descent, check_still
 from opd.preflight.direction import check_credit, check_direction
-from opd.preflight.findings import Finding
+from opd.preflight.findings import Finding, Severity
 from opd.preflight.sampling import check_ends, check_rollouts, check_sampler
 from opd.preflight.stand_ins import Flattened, Remembering, StudentAsTeacher
 from opd.preflight.trial import Engine, Step, Trial
@@ -30,6 +30,7 @@ from opd.teachers import SelfTeacher, Teacher
 from opd.window import Window
 
 _TEMPERATURES = ("kd_temperature", "teacher_temperature")  # of a method's config: each must reach its loss
+_BOTH = "loss and gradient"
 _ENDS = {0.0: "forward_kl", 1.0: "reverse_kl"}  # of method.beta
 _DIVERGENCES = ("forward_kl", "reverse_kl", "loss_chosen_fkl", "loss_rejected_fkl")  # exact ones, a method's metrics
 
@@ -88,11 +89,11 @@ def _tried(trial: Trial) -> Iterator[Finding]:
         yield from check_trained(trial.student, step)
         yield from _check_bounds(trial, step)
     flat = _with_flatter_teachers(trial)
-    if _is_nothing(trial, step, flat):
+    if (severity := _is_nothing(trial, step, flat)) is not None:
         yield Finding(
             "gradient.descent",
-            "error",
-            "the loss has no gradient",
+            severity,
+            "the loss has no gradient" if severity == "error" else "the loss has hardly any gradient",
             "training would change nothing",
             "is the teacher the student itself, or every weight of the loss 0?",
         )
@@ -196,18 +197,20 @@ def _with_flatter_teachers(trial: Trial) -> dict[str, Step]:
     return {name: step for name, step in made.items() if step is not None}
 
 
-def _is_nothing(trial: Trial, step: Step, flat: Mapping[str, Step]) -> bool:
-    """Whether the gradient of all ranks is 0, or rounding beside what another teacher would give."""
+def _is_nothing(trial: Trial, step: Step, flat: Mapping[str, Step]) -> Severity | None:
+    """Whether the gradient of all ranks is 0, or next to nothing beside what another teacher would give."""
     norms = torch.tensor([step.norm, max((other.norm for other in flat.values()), default=0.0)], dtype=torch.float64)
     own, others = distributed.total(norms).tolist()
-    return own <= (1e-5 if trial.exact else 1e-3) * others
+    if own <= (1e-6 if trial.exact else 0.0) * others:
+        return "error"
+    return "warning" if own <= (1e-5 if trial.exact else 1e-3) * others else None
 
 
 def _check_teachers(trial: Trial, step: Step, flat: Mapping[str, Step]) -> Iterator[Finding]:
     """Every teacher's scores reach loss and gradient; where the method says so, the student's own leave none."""
     scale = max(step.norm, *(other.norm for other in flat.values())) if flat else step.norm
     for name, other in flat.items():
-        if same := _same(trial, step, other):
+        if (same := _same(trial, step, other)) == _BOTH:
             yield Finding(
                 "gradient.teacher_matters",
                 "error",
@@ -260,7 +263,7 @@ def _check_temperatures(trial: Trial, step: Step) -> Iterator[Finding]:
         if value is None:
             continue
         made = _with_setting(trial, key, 1.5 * value)
-        if made is not None and (same := _same(trial, step, made)):
+        if made is not None and (same := _same(trial, step, made)) == _BOTH:
             yield Finding(
                 "gradient.temperature",
                 "error",

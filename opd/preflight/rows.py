@@ -168,9 +168,18 @@ def _mask_fits(texts: Texts, content: Conversation, row: Example, *, is_cut: boo
     others = [_as_decoded(texts.tokenizer, m["content"]) for m in messages if m["role"] != "assistant"]
     for run, turn in list(zip(runs, turns, strict=False))[: -1 if is_cut else None]:
         said = _as_decoded(texts.tokenizer, messages[turn]["content"])
-        if said not in run or any(other and other in run.replace(said, "", 1) for other in others):
+        heard = [other for other in others if other in run.replace(said, "", 1)]
+        # What the template itself writes says nothing of who spoke: "end" stands in every <|im_end|>.
+        if said not in run or any(other not in _frame(texts.tokenizer, messages) for other in heard if other):
             return False
     return True
+
+
+def _frame(tokenizer: Any, messages: list[Message]) -> str:
+    """The conversation with nothing said in it, and the end of an answer."""
+    silent = [{**message, "content": "?"} for message in messages]
+    text = tokenizer.apply_chat_template(silent, tokenize=False) if tokenizer.chat_template else ""
+    return _as_decoded(tokenizer, f"{text}{tokenizer.eos_token or ''}")
 
 
 def _loss_texts(tokenizer: Any, row: Example) -> list[str]:

@@ -27,7 +27,7 @@ from opd.window import Batches, RowOrder, Window
 _PROMPTS = 4  # of a rank; 2 where they are long
 _COMPLETION_TOKENS = 32  # of a rollout
 _LOOKED_THROUGH, _SHORT = 64, 1024  # rows, for some of at most so many tokens
-_ROOM = 8192  # tokens of a micro-batch; more only where one of the run's own is larger
+_ROOM = 8192  # tokens of a micro-batch, where the run's own may be as large; and at least one row
 _SAMPLED = 50_000_000  # numbers of a gradient that are looked at, spread over all trainable weights
 
 
@@ -233,7 +233,9 @@ def _small(config: Config, needs: Needs, examples: ExampleSet, folder: str) -> C
     first = distributed.rank() * wanted
     mine = max(_length(order[first + i], needs) for i in range(wanted))
     longest = int(distributed.maximum(torch.tensor(float(mine))))
-    fitting = max(_ROOM // longest, min(train.micro_batch_size, per_prompt))
+    data, sampled = config.data, config.rollout.max_completion_tokens
+    own = train.micro_batch_size * (data.max_prompt_length + max(data.max_completion_length, sampled))
+    fitting = max(min(_ROOM, own) // longest, len(needs.sequences))
     prompts = wanted if wanted * per_prompt <= fitting else 2
     size = min(prompts * per_prompt, fitting // len(needs.sequences) * len(needs.sequences) or len(needs.sequences))
     limit = min(config.rollout.max_completion_tokens, _COMPLETION_TOKENS)

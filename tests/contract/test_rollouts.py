@@ -8,7 +8,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from contract.tiny import PAD, SHAPES, STOPS, STUDENT_VOCAB, VOCABULARY, make_examples, make_model
-from opd.sources.rollouts import Sampling, sample
+from opd.sources.rollouts import Mixture, Sampling, sample
 from opd.tokenizers import Vocabulary
 
 transformers_logging.set_verbosity_error()
@@ -149,3 +149,20 @@ def test_frequencies_are_the_distributions(settings):
     assert (np.abs(counts - draws * expected) <= 4.5 * deviation + 1).all()
     entropy = -sum(p * np.log(p) for p in expected if p > 0)
     assert done[0].entropy == pytest.approx(entropy, abs=1e-5)
+
+
+@pytest.mark.parametrize("share", [0.2, 0.7])
+def test_a_mixture_draws_from_the_average_of_both_models_probabilities(share):
+    student, teacher = make_model("llama", 3).eval(), make_model("llama", 4).eval()
+    for prompt, completion in zip(PROMPTS[:6], draw(Mixture(student, teacher, share), PROMPTS[:6]), strict=True):
+        ids = torch.tensor([[*prompt, *completion.ids]])
+        with torch.no_grad():
+            mine, theirs = (
+                model(ids).logits[0, len(prompt) - 1 : -1, :STUDENT_VOCAB].softmax(1) for model in (student, teacher)
+            )
+        averaged = ((1 - share) * mine + share * theirs).log()
+        assert torch.allclose(
+            torch.tensor(completion.logprobs), averaged[range(len(completion.ids)), completion.ids], atol=1e-5
+        )
+        entropy = float(-(averaged.exp() * averaged).sum(1).mean())
+        assert completion.entropy == pytest.approx(entropy, rel=1e-4)

@@ -105,6 +105,12 @@ KNOWN_FROM_THE_CONFIG: dict[str, list[tuple[str, ...]]] = {
     "model.student.path=": [("model.student.path='': must have at least 1 character",)],
     "model.student.chat_template=": [("model.student.chat_template='': must have at least 1 character",)],
     "model.student.chat_template=chatlm": [("model.student.chat_template=chatlm: no such file", "one of training, ch")],
+    "model/student=path model.student.path=model model.student.revision=v2": [
+        ("model.student.revision=v2: model.student.path=model is a folder", "set it to null")
+    ],
+    "model/teacher=path model.teacher.path=model model.teacher.revision=v2": [
+        ("model.teacher.revision=v2: model.teacher.path=model is a folder", "set it to null")
+    ],
     "model.student.revision=5": [("model.student.revision=5: must be a valid string",)],
     "model.student.dtype=fp8": [("model.student.dtype='fp8': must be 'auto', 'float32', 'bfloat16' or 'float16'",)],
     "model.student.attention=sdp": [("model.student.attention='sdp': must be 'sdpa', 'eager' or 'flash_attention_2'",)],
@@ -131,6 +137,12 @@ KNOWN_FROM_THE_CONFIG: dict[str, list[tuple[str, ...]]] = {
     f"{ROWS} data.bad_rows=maybe": [("data.bad_rows='maybe': must be 'refuse' or 'drop'",)],
     f"{ROWS} data.eval_path=nope.jsonl": [("data.eval_path=nope.jsonl: no such file", "give a")],
     f"{ROWS} data.eval_split=test": [("data.eval_split=test: data=file has no splits", "set data.eval_path")],
+    f"{ROWS} data.eval_path=rows.json data.eval_prompts=0": [
+        ("data.eval_path=rows.json: data.eval_prompts=0 evaluates on no row", "set data.eval_path to null")
+    ],
+    f"{ROWS} data.subset=chat": [("data.subset=chat: data=file reads one file", "leave it null, or use data=hub")],
+    f"{ROWS} data.revision=v2": [("data.revision=v2: data=file reads one file", "leave it null, or use data=hub")],
+    f"{ROWS} data.split=test": [("data.split=test: data=file reads one file", "leave it train, or use data=hub")],
     f"{ROWS} data.columns=prompt": [("data.columns='prompt': must be a valid dictionary",)],
     f"{ROWS} +data.sources.a={{path:rows.jsonl,weight:1}}": [("data.sources: data=file has one source", "=mixture")],
     "data=prompts_file data.path=rows.txt method=dpo": [
@@ -252,6 +264,8 @@ def config_answers(tmp_path_factory):
     (folder / "rows.txt").write_text("What is 2 plus 2?\n")
     (folder / "rows.json").write_text('[{"prompt": "What is 2 plus 2?", "completion": "4"}]')
     (folder / "rows.jsonl").write_text('{"prompt": "What is 2 plus 2?", "completion": "4"}\n')
+    (folder / "model").mkdir()
+    (folder / "model" / "config.json").write_text("{}")
     done = subprocess.run(
         [sys.executable, "-c", ASK_ALL],
         input=json.dumps(list(KNOWN_FROM_THE_CONFIG)),

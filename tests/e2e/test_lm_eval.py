@@ -283,6 +283,23 @@ def test_more_processes_than_documents_are_refused(tmp_path, rows, student, task
         LmTasks(config.model_copy(update={"evaluation": evaluation}), build_tokenizer())
 
 
+def test_the_datas_system_prompt_opens_every_prompt(tmp_path, rows, student, tasks):
+    from transformers import AutoModelForCausalLM
+
+    from opd.conditions import validated
+    from opd.lm_tasks import LmTasks
+
+    more = ("method=sft", "data.system_prompt=Be brief.", "evaluation.lm_eval.limit=2", asked(tasks[1]))
+    config, tokenizer = validated(_composed(file_run(tmp_path, rows, student, None, *more))), build_tokenizer()
+    lm_tasks = LmTasks(config, tokenizer)
+    (task,) = lm_tasks._loaded["tasks"].values()
+    system = "<|im_start|>system\nBe brief.<|im_end|>\n"
+    prompts = [f"{system}<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n" for q, _ in ROWS[:2]]
+    assert [request.args[0] for request in task.instances] == prompts[:1]
+    lm_tasks(AutoModelForCausalLM.from_pretrained(student))
+    assert [request.args[0] for request in task.instances] == prompts
+
+
 def _composed(words: list[str]) -> dict:
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf

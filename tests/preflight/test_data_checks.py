@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 from contract.variants import PLACEHOLDER, VARIANTS, Variant, compose, run_alone, tiny_config
-from data.small_tokenizers import CHATML, build, chatml, stop_ids
+from data.small_tokenizers import CHATML, build, chatml, plain_with_bos, stop_ids
 
 from opd.conditions import validated
 from opd.data import DataSet
@@ -250,6 +250,21 @@ def test_a_mask_that_learns_what_the_user_says_is_an_error(tmp_path):
     assert heeded(check_data(*with_rows(run, lambda row: replace(row, completion_mask=None)))) == [
         ("error", "data.mask")
     ]
+
+
+WRITES_THINK = CHATML.replace(
+    "{{ m['content'] }}", "{% if m['role'] == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m['content'] }}"
+)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "asked"),
+    [(chatml(), "end"), (chatml(), "e"), (chatml(WRITES_THINK), "think"), (plain_with_bos(), "s")],
+    ids=["end", "letter", "think", "no_template"],
+)
+def test_a_user_turn_that_also_stands_in_the_frame_of_an_answer_passes(tmp_path, tokenizer, asked):
+    rows = [{"messages": [*single(n)["messages"], said("user", asked), said("assistant", f"{n}.")]} for n in range(20)]
+    assert heeded(check_data(*loaded(tmp_path, rows, tokenizer=tokenizer))) == []
 
 
 def test_a_mask_that_is_one_place_late_is_an_error(tmp_path):
