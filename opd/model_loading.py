@@ -33,7 +33,7 @@ def load_trained_student(config: Config, method: Method) -> Any:
     """The student on its device, ready to be trained."""
     student, key = config.model.student, "model.student.path"
     assert student.path is not None
-    model: Any = load_student(student, student.path, dtype=_student_dtype(config), hardware=config.hardware)
+    model: Any = load_student(student, student.path, dtype=student_dtype(config), hardware=config.hardware)
     model = model.to(device_of(config))
     # Exact where it can be: flash attention alone has no kernel for the float32 weights that autocast computes with.
     with computing(config.hardware) if student.attention == "flash_attention_2" else nullcontext():
@@ -76,7 +76,7 @@ def _is_students_base(config: Config, path: str) -> bool:
         getattr(student, name) == getattr(teacher, name)
         for name in ("revision", "quantization", "attention", "trust_remote_code")
     )
-    same_dtype = _student_dtype(config) == _dtype(teacher, config, is_frozen=True)
+    same_dtype = student_dtype(config) == _dtype(teacher, config, is_frozen=True)
     return loaded_alike and same_dtype and _place(base) == _place(path)
 
 
@@ -86,7 +86,8 @@ def _place(path: str) -> str:
     return str(folder.resolve()) if folder.is_dir() else path
 
 
-def _student_dtype(config: Config) -> torch.dtype:
+def student_dtype(config: Config) -> torch.dtype:
+    """Of the student's weights, as they are loaded."""
     student = config.model.student
     adapted = student.lora is not None or base_of_adapter(str(student.path), "model.student.path") is not None
     return _dtype(student, config, is_frozen=adapted)

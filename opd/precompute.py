@@ -19,7 +19,7 @@ from opd.artifacts.store import Store, source_version
 from opd.config import Config
 from opd.data.responses import RESPONSES, write_response
 from opd.loading import Texts, all_sequences
-from opd.model_loading import device_of
+from opd.model_loading import device_of, student_dtype
 from opd.models import computing
 from opd.objectives import scores_on, top_k_scores
 from opd.protocols import Method, Sparse
@@ -123,9 +123,8 @@ def keep_logprobs(
         "teacher": name,
         "model": store.content_digest(Path(path)) if Path(path).is_dir() else path,
         "revision": config.model.student.revision,
-        "dtype": config.model.student.dtype,
+        "dtype": str(student_dtype(config)),
         "quantization": config.model.student.quantization,
-        "adapter": config.model.student.lora is not None,  # dtype=auto then is another
         "precision": config.hardware.precision,
         "sequences": _digest([[s.prompt_ids, s.completion_ids, s.completion_mask] for s in sequences]),
         "code": source_version(("precompute.py", "models.py", "quantization.py", "teachers", "objectives/fused.py")),
