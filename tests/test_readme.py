@@ -105,8 +105,9 @@ def test_every_key_and_option_that_the_readme_names_composes():
             value = "x" if "…" in value else value.split(",")[0]
             group, _, name = key.partition(".")
             owner = owners.get(name) if group == "method" else "adpa" if group == "stages" else None
-            own = ["data=file", "data.path=x"] if key.startswith("data.") else []
-            method = [f"method={owner}"] if owner else own or ["model/adapter=lora"] if ".lora." in key else []
+            method = [f"method={owner}"] if owner else []
+            method += ["model/adapter=lora"] if ".lora." in key else []
+            method += ["data=file", "data.path=x"] if key.startswith("data.") else []
             compose("config", overrides=[*method, f"{key}={value}"])
     assert len(pairs) > 10
 
