@@ -83,13 +83,13 @@ class TextViews:
         """
         if self._bytes is None:
             return True
-        spelled = [
-            b"".join(known.get(token, b"") for token in ids if token not in stops)
-            for known, ids, stops in zip(
-                self._bytes, (student_ids, teacher_ids), (self._stop_ids, {self._teacher_stop_id}), strict=True
-            )
-        ]
-        return spelled[0] == spelled[1] or not _is_text(spelled[0])
+        sides = list(
+            zip(self._bytes, (student_ids, teacher_ids), (self._stop_ids, {self._teacher_stop_id}), strict=True)
+        )
+        whole = [b"".join(known.get(token, b"") for token in ids) for known, ids, _ in sides]
+        ended = [b"".join(known.get(token, b"") for token in ids if token not in stops) for known, ids, stops in sides]
+        # A stop token in the middle is text like any other token's name.
+        return whole[0] == whole[1] or ended[0] == ended[1] or not _is_text(ended[0])
 
 
 def _is_text(spelled: bytes) -> bool:
