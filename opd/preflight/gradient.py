@@ -30,7 +30,6 @@ from opd.teachers import SelfTeacher, Teacher
 from opd.window import Window
 
 _TEMPERATURES = ("kd_temperature", "teacher_temperature")  # of a method's config: each must reach its loss
-_BOTH = "loss and gradient"
 _ENDS = {0.0: "forward_kl", 1.0: "reverse_kl"}  # of method.beta
 _DIVERGENCES = ("forward_kl", "reverse_kl", "loss_chosen_fkl", "loss_rejected_fkl")  # exact ones, a method's metrics
 
@@ -210,11 +209,11 @@ def _check_teachers(trial: Trial, step: Step, flat: Mapping[str, Step]) -> Itera
     """Every teacher's scores reach loss and gradient; where the method says so, the student's own leave none."""
     scale = max(step.norm, *(other.norm for other in flat.values())) if flat else step.norm
     for name, other in flat.items():
-        if (same := _same(trial, step, other)) == _BOTH:
+        if _same(trial, step, other):
             yield Finding(
                 "gradient.teacher_matters",
                 "error",
-                f"a {name} with flatter distributions gives the same {same}",
+                f"a {name} with flatter distributions gives the same loss and gradient",
                 "the teacher is not what is learnt from",
                 "look for its scores on their way to the loss",
             )
@@ -263,11 +262,11 @@ def _check_temperatures(trial: Trial, step: Step) -> Iterator[Finding]:
         if value is None:
             continue
         made = _with_setting(trial, key, 1.5 * value)
-        if made is not None and (same := _same(trial, step, made)) == _BOTH:
+        if made is not None and _same(trial, step, made):
             yield Finding(
                 "gradient.temperature",
                 "error",
-                f"method.{key}={1.5 * value:g} gives the same {same} as method.{key}={value:g}",
+                f"method.{key}={1.5 * value:g} gives the same loss and gradient as method.{key}={value:g}",
                 "the setting has no effect",
                 "divide both models' logits by it in the loss",
             )
@@ -303,10 +302,9 @@ def _with_setting(trial: Trial, key: str, value: float) -> Step | None:
         return _first_step(engine, engine.window())
 
 
-def _same(trial: Trial, one: Step, other: Step) -> str:
-    """What of loss and gradient is the same in both, on every rank; "" if neither."""
+def _same(trial: Trial, one: Step, other: Step) -> bool:
+    """Whether both loss and gradient are the same in both, on every rank."""
     near = 1e-5 if trial.exact else 1e-3
     gap = one.distance(other) > near * max(one.norm, other.norm)
     loss = abs(one.loss - other.loss) > near * max(abs(one.loss), abs(other.loss))
-    moved = distributed.maximum(torch.tensor([float(loss), float(gap)])).tolist()
-    return " and ".join(name for name, differs in zip(("loss", "gradient"), moved, strict=True) if not differs)
+    return not float(distributed.maximum(torch.tensor(float(loss or gap))))
