@@ -14,6 +14,7 @@ from opd.config import Config, Data, Model, Student, did_you_mean, parse
 from opd.data.origins import is_hub_id
 from opd.data.walk_rules import evaluation_pairs, training_pairs
 from opd.errors import ConfigError
+from opd.hardware_conditions import hardware_problems
 from opd.methods import METHODS
 from opd.model_conditions import loading_problems
 from opd.protocols import Needs
@@ -25,7 +26,8 @@ def validated(raw: dict[str, Any]) -> Config:
     if name not in METHODS:
         raise ConfigError(f"method.name={name!r}: unknown method; {did_you_mean(str(name), list(METHODS))}")
     config = parse(raw, METHODS[name].Config)
-    sections = (_mode, _models, loading_problems, _data, _method, _teachers, _batches, _lm_tasks, _tracking)
+    sections = (_mode, _models, loading_problems, _data, _method, _teachers, hardware_problems, _batches)
+    sections += (_lm_tasks, _tracking)
     problems = [problem for section in sections for problem in section(config)]
     if problems:
         raise ConfigError("\n".join(problems))

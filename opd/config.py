@@ -167,6 +167,13 @@ class Hardware(Schema):
     processes_per_node: PositiveInt
     precision: Literal["fp32", "bf16", "fp16"]
     threads: PositiveInt = Field(description="CPU threads a process; more than one can be slower on tiny models")
+    sharding: Literal["ddp", "zero1", "zero2", "zero3", "fsdp2"] = Field(
+        default="ddp", description="what of the student lies on one rank only: ddp nothing, zero1 optimizer state, …"
+    )
+    teacher_placement: Literal["local", "fsdp2", "zero3", "cpu_offload"] = Field(
+        default="local", description="local: whole on every rank; fsdp2, zero3: in shards; cpu_offload: in main memory"
+    )
+    deepspeed: str | None = Field(default=None, min_length=1, description="a DeepSpeed JSON instead of opd's own")
 
     @property
     def world_size(self) -> int:
