@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from pathlib import Path
 from typing import Any
 
+from opd.composition import CONF, explain, plain
 from opd.errors import ConfigError, OpdError
+from opd.together import is_alone
 
-_HERE = Path(__file__).resolve().parent
-CONF = next(path for path in (_HERE / "conf", _HERE.parent / "conf") if (path / "config.yaml").is_file())
+# Beside the package in a checkout; a wheel has what lies in it among the other packages.
+_LAUNCHERS = Path(__file__).resolve().parents[1] / "launchers"
 
 USAGE = """opd distils language models: any method, any hardware, one command.
 
@@ -20,21 +21,50 @@ USAGE = """opd distils language models: any method, any hardware, one command.
   python -m opd data=file data.path=rows.jsonl model/student=path model.student.path=FOLDER_OR_HUB_ID \\
                 model/teacher=path model.teacher.path=FOLDER_OR_HUB_ID
   python -m opd -m method.beta=0,0.5,1           a sweep
+  python -m opd hydra/launcher=slurm …           as a Slurm job; after -m every job of the sweep
   python -m opd --cfg job                        everything a run would use; nothing runs
   python -m opd --hydra-help                     Hydra's own flags
 """
 
 
 def main() -> None:
-    """`opd` and `python -m opd`. Exit 0; 1 where the run failed; 2 where config or data cannot run; 130 on Ctrl-C."""
+    """`opd` and `python -m opd`. Exit 0; 1 where the run failed; 2 where config or data cannot run; 130 on Ctrl-C.
+
+    3 where the checks found an error; 85 in a Slurm job that was interrupted, and what is worth it saved.
+    """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its exceptions over instead of printing them
+    if _LAUNCHERS.is_dir() and str(_LAUNCHERS) not in sys.path:
+        sys.path.append(str(_LAUNCHERS))  # a checkout that is not installed: Hydra looks for hydra_plugins on the path
+    if code := _command() if is_alone() else _command_together():
+        sys.exit(code)
+
+
+def _command_together() -> int:
+    """The command of several processes, one of which runs it."""
+    from opd.launch import together
+
+    is_torchrun = "RANK" in os.environ  # which its process forgets then
+
+    def command() -> int:
+        if is_torchrun and {"-m", "--multirun"} & set(sys.argv[1:]):
+            return _say(ConfigError("-m: torchrun and accelerate launch start one run; leave them out for a sweep"))
+        return _command()
+
+    try:
+        return together(command)
+    except OpdError as error:
+        return _say(error)
+
+
+def _command() -> int:
     try:
         _compose_and_run()
     except OpdError as error:
-        sys.exit(_say(error))
-    except KeyboardInterrupt:
-        print("interrupted; the same command with the same run.dir continues", file=sys.stderr)
-        sys.exit(130)
+        return _say(error)
+    except KeyboardInterrupt as interrupt:
+        print(str(interrupt) or "interrupted; the same command with the same run.dir continues", file=sys.stderr)
+        return 130
+    return 0
 
 
 def _say(error: OpdError) -> int:
@@ -55,7 +85,7 @@ def _compose_and_run() -> None:
         else:
             entry()
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_explain(error)) from None
+        raise ConfigError(explain(error)) from None
 
 
 def _help(overrides: list[str]) -> str:
@@ -73,87 +103,12 @@ def _help(overrides: list[str]) -> str:
 
 
 def _task(composed: Any) -> None:
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
     from opd.stages import run
 
     try:
-        raw: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-        context = HydraConfig.get()
-        if context.mode == RunMode.MULTIRUN and not any(o.startswith("run.dir=") for o in context.overrides.task):
-            raw["run"]["dir"] = context.runtime.output_dir
-        run(raw)
+        run(plain(composed))
     except OpdError as error:  # Hydra would print a line of its own above ours
         sys.exit(_say(error))
-    except OmegaConfBaseException as error:
-        sys.exit(_say(ConfigError(_explain(error))))
-
-
-def _explain(error: Exception) -> str:
-    """One line for what Hydra says in several: the key, and the nearest one that exists."""
-    text = str(error)
-    if match := re.search(r"Could not find '([^']+)'", text):
-        group, _, option = match[1].rpartition("/")
-        options = re.findall(r"^\t(\S+)$", text, re.MULTILINE)
-        return f"{group}={option}: no such option; {_near(option, options)}"
-    if match := re.search(r"Could not override '([^']+)'", text):
-        inner = re.search(r"full_key: (\S+)", str(error.__cause__))
-        key, known = inner[1] if inner else match[1], _known_keys()
-        if key.startswith("data.sources."):
-            return f"{key}: no such source yet; put a + before the override, which adds it: +{key}…"
-        remedy = f"{_listed(known[key])} has it" if known.get(key) else _near(key, sorted(known))
-        return f"{key}: unknown key; {remedy}"
-    if match := re.match(r"Error merging override \+*(\S+)", text):
-        return f"{match[1]}: not the kind of value that stands there; `--cfg job` shows how this key is written"
-    if "Missing mandatory value" in text:
-        key = getattr(error, "full_key", None) or "a key"
-        return f"{key}: missing; set {key}=…"
-    if type(error).__name__.startswith("Interpolation"):
-        return f"{getattr(error, 'full_key', '')}: {text.splitlines()[0]}; mend what stands in ${{…}}"
-    if override := getattr(error, "override", None):
-        return f"{override}: not an override; write key=value, and quote what holds special characters"
-    return re.sub(r"\s+", " ", text).strip()
-
-
-def _near(word: str, candidates: list[str]) -> str:
-    from difflib import get_close_matches
-
-    near = get_close_matches(word, candidates, n=1, cutoff=0.6)
-    if near:
-        return f"did you mean {near[0]}?"
-    return f"choose from {', '.join(candidates)}" if len(candidates) < 60 else "python -m opd --help lists them"
-
-
-def _listed(options: list[str]) -> str:
-    return options[0] if len(options) == 1 else f"{options[0]} (or {', '.join(options[1:3])})"
-
-
-def _known_keys() -> dict[str, list[str]]:
-    """Every key that some config has, dotted, with the options ("group=option") that bring it; and every group."""
-    from omegaconf import DictConfig, OmegaConf
-
-    keys: dict[str, list[str]] = {}
-
-    def visit(node: DictConfig, prefix: str, option: str) -> None:
-        for key in node:
-            keys.setdefault(f"{prefix}{key}", []).append(option)
-            if isinstance(child := node._get_node(key), DictConfig):
-                visit(child, f"{prefix}{key}.", option)
-
-    for path in sorted(CONF.rglob("*.yaml")):
-        group = str(path.parent.relative_to(CONF))
-        keys.setdefault(group, [])
-        if group in ("experiment", "tuned"):
-            continue  # they set keys that others bring
-        loaded = OmegaConf.load(path)
-        header = re.search(r"@package (\S+)", path.read_text(encoding="utf-8"))
-        package = header[1] if header else group.replace("/", ".")
-        if isinstance(loaded, DictConfig):
-            visit(loaded, "" if package in ("_global_", ".") else f"{package}.", f"{group}={path.stem}")
-    return {key: options for key, options in keys.items() if not key.startswith(("defaults", "hydra", "."))}
 
 
 if __name__ == "__main__":

@@ -162,10 +162,10 @@ class Hardware(Schema):
     """Where the run computes. No hyper-parameter of a method belongs here."""
 
     name: str
-    device: Literal["cpu", "cuda", "mps"]
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field(description="auto: CUDA, MPS or CPU, whichever is there")
     nodes: PositiveInt
     processes_per_node: PositiveInt
-    precision: Literal["fp32", "bf16", "fp16"]
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(description="auto: on CUDA bf16, else fp32")
     threads: PositiveInt = Field(description="CPU threads a process; more than one can be slower on tiny models")
     sharding: Literal["ddp", "zero1", "zero2", "zero3", "fsdp2"] = Field(
         default="ddp", description="what of the student lies on one rank only: ddp nothing, zero1 optimizer state, …"
@@ -281,6 +281,12 @@ class Config(Schema):
     def trains(self) -> bool:
         """Whether this run trains, or is checked as one that would."""
         return self.mode in ("train", "check")
+
+    @property
+    def is_embedded(self) -> bool:
+        """Whether it is of the embedded task: its rows, or models that are trained before it begins."""
+        models = (self.model.student, self.model.teacher)
+        return self.data.name == "walk" or any(model.path is None and model.recipe is not None for model in models)
 
     def at(self, key: str) -> Any:
         """The value of a dotted key, e.g. "method.beta"."""

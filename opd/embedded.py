@@ -125,7 +125,7 @@ def _own_config(config: Config, method: SFT, recipe: WalkRecipe, scratch: str) -
         "save_every_steps": 0,
         "log_every_steps": 1,
     }
-    hardware = {"device": "cpu", "nodes": 1, "processes_per_node": 1, "precision": "fp32"}
+    hardware = {"device": "cpu", "nodes": 1, "processes_per_node": 1, "precision": "fp32", "sharding": "ddp"}
     return config.model_copy(
         update={
             "method": method.config,

@@ -2,6 +2,9 @@
 
 Draws are addressed by row, so evaluating twice gives the same numbers and training never notices. Metrics are sums over
 rows or tokens, added up over ranks and divided last; each row's share is kept, for comparisons prompt by prompt.
+
+Ranks may have different numbers of rows, or none. The student's weights are whole here (opd.sharding.gathered), so its
+forwards wait for nobody; those of a sharded teacher do, and are made inside of `asked_unevenly`.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from opd.objectives import divergence_loss, negative_log_likelihood, sum_over_to
 from opd.protocols import Dense, Example, Layout, Method, TokenView
 from opd.sources import SequenceSource
 from opd.sources.rollouts import Completion, Sampling, sample
-from opd.teachers import LocalTeacher, Teacher, ask_teachers
+from opd.teachers import LocalTeacher, Teacher, ask_teachers, asked_unevenly
 from opd.tokenizers import Vocabulary
 from opd.window import Batches
 
@@ -55,7 +58,7 @@ class Evaluator:
         self._vocabulary, self._teacher, self._objective = vocabulary, teacher, objective
         self._rows = list(data.evaluation[distributed.rank() :: distributed.world_size()])
         self._prompted = [row for row in self._rows if row.prompt_ids]  # running text is only scored
-        self._teacher_answers: list[Completion] = []
+        self._teacher_answers: list[Completion] | None = None
 
     def __call__(self, model: Any) -> Evaluated:
         """Metrics over all evaluation rows, with this rank's answers and scores for the record."""
@@ -140,14 +143,15 @@ class Evaluator:
         assert self._teacher is not None
         share = range(distributed.rank(), self._config.evaluation.divergence_prompts, distributed.world_size())
         rows = self._prompted[: len(share)]
-        if not self._teacher_answers:
+        if self._teacher_answers is None:
             self._teacher_answers = self._answer(self._teacher.model, rows, "teacher")
-        for name, answers in (("forward_kl", self._teacher_answers), ("reverse_kl", sampled[: len(rows)])):
-            views = [_view(row.prompt_ids, answer.ids) for row, answer in zip(rows, answers, strict=True)]
-            for part, layout in self._layouts(rows, views, model):
-                loss = divergence_loss(self._teacher.dense(layout), beta=float(name == "reverse_kl"))
-                values = sum_over_tokens(self._dense(model, layout), loss).values
-                _add_tokens(scores, name, part, layout, values)
+        with asked_unevenly([self._teacher]):
+            for name, answers in (("forward_kl", self._teacher_answers), ("reverse_kl", sampled[: len(rows)])):
+                views = [_view(row.prompt_ids, answer.ids) for row, answer in zip(rows, answers, strict=True)]
+                for part, layout in self._layouts(rows, views, model):
+                    loss = divergence_loss(self._teacher.dense(layout), beta=float(name == "reverse_kl"))
+                    values = sum_over_tokens(self._dense(model, layout), loss).values
+                    _add_tokens(scores, name, part, layout, values)
 
     def _layouts(
         self, rows: Sequence[Example], views: list[TokenView], model: Any
@@ -184,18 +188,19 @@ class MethodLoss:
         counts = self._batches.counts(sequences)
         sums: dict[str, list[float]] = {}
         shares: dict[str, float] = dict.fromkeys(counts, 0.0)
-        for part in self._batches.parts(sequences):
-            batch = self._batches.batch(part)
-            scores = ask_teachers(self._method.needs, self._teachers, batch)
-            with evaluation_mode(model):
-                hidden = predicting_states(model, batch.layout)
-                terms = self._method.loss(Dense(hidden, read_head(model, self._vocabulary.size)), scores, batch)
-            for term in terms.terms:
-                shares[term.count] += term.weight * float(term.sum)
-            for name, (numerator, denominator) in terms.metrics.items():
-                pair = sums.setdefault(name, [0.0, 0.0])
-                pair[0] += float(numerator)
-                pair[1] += float(denominator)
+        with asked_unevenly(self._teachers.values()):
+            for part in self._batches.parts(sequences):
+                batch = self._batches.batch(part)
+                scores = ask_teachers(self._method.needs, self._teachers, batch)
+                with evaluation_mode(model):
+                    hidden = predicting_states(model, batch.layout)
+                    terms = self._method.loss(Dense(hidden, read_head(model, self._vocabulary.size)), scores, batch)
+                for term in terms.terms:
+                    shares[term.count] += term.weight * float(term.sum)
+                for name, (numerator, denominator) in terms.metrics.items():
+                    pair = sums.setdefault(name, [0.0, 0.0])
+                    pair[0] += float(numerator)
+                    pair[1] += float(denominator)
         loss = distributed.total(torch.tensor([[shares[name], counts[name]] for name in counts], dtype=torch.float64))
         names = distributed.union(sums)
         totals = distributed.total(torch.tensor([sums.get(n, [0.0, 0.0]) for n in names], dtype=torch.float64))

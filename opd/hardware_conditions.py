@@ -5,12 +5,15 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
-from opd.config import Config
+from opd.config import Config, Hardware
+from opd.deepspeed_config import deepspeed_config
+from opd.errors import ConfigError
+from opd.methods import METHODS
 
 
 def hardware_problems(config: Config) -> list[str]:
     """One line a problem: key, value, remedy."""
-    return [*_ranks(config), *_deepspeed(config), *_precision(config), *_quantized(config)]
+    return [*_ranks(config), *_deepspeed(config), *_precision(config), *_quantized(config), *_average(config)]
 
 
 def _ranks(config: Config) -> list[str]:
@@ -41,7 +44,29 @@ def _deepspeed(config: Config) -> list[str]:
             problems.append(f"{setting}: hardware.sharding={hardware.sharding} does not read it; set it to null")
         elif not Path(hardware.deepspeed).expanduser().is_file():
             problems.append(f"{setting}: no such file (looked from {Path.cwd()}); give a DeepSpeed JSON, or null")
+        else:
+            problems += _told(hardware)
     return problems
+
+
+def _told(hardware: Hardware) -> list[str]:
+    """What is wrong with the JSON."""
+    try:
+        deepspeed_config(hardware)
+    except ConfigError as error:
+        return [str(error)]
+    return []
+
+
+def _average(config: Config) -> list[str]:
+    """An average of the student's weights takes their place, which stage 3 does not let it."""
+    needs = METHODS[config.method.name](config.method).needs.teachers.items()
+    return [
+        f"hardware.sharding=zero3: {name} of method={config.method.name} is an average of the student's weights (ema), "
+        "which ZeRO-3 cannot put in their place; use fsdp2 or zero2"
+        for name, need in needs
+        if need.model == "ema" and config.hardware.sharding == "zero3"
+    ]
 
 
 def _precision(config: Config) -> list[str]:

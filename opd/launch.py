@@ -1,42 +1,147 @@
-"""One command -> its ranks. One process runs in place; more are started by torch elastic, without Hydra in them."""
+"""One command -> its ranks, on one machine or many.
+
+    one process                      in place
+    several on this machine          started and watched by torch elastic (opd.ranks)
+    several machines, under Slurm    srun starts this command once on each: one leads, each starts its own ranks
+    torchrun, accelerate launch      the first rank's process leads; each of them starts its one rank
+
+`together` wraps a whole command: on the leading process it runs, the others follow (opd.together). `launch` runs one
+config, of which a command may have several.
+"""
 
 from __future__ import annotations
 
-import os
-import signal
-import sys
+import itertools
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from opd import interruption
 from opd.artifacts.run_folder import RANK_LOGS, RunFolder
-from opd.config import Config
-from opd.errors import ConfigError, RunError
+from opd.config import Config, parse
+from opd.errors import ConfigError
+from opd.methods import METHODS
+from opd.together import Leader, Place, follow, take_place
+from opd.together import is_follower as is_follower  # beside `together`, for what writes before the command begins
 
-_SAID = (2, 3)  # exit codes of a rank: config or data, and preflight; rank 0 has said what
+if TYPE_CHECKING:
+    from opd.failures import Outcome
+
+_leader: Leader | None = None  # of the command that runs now
+_numbers = itertools.count(1)
+
+
+def together(command: Callable[[], int]) -> int:
+    """The exit code of the command, which the leading process runs; of the others, which follow it, 0.
+
+    srun and torchrun end the rest when one process does not end with 0, and that would cut the leader short.
+    """
+    global _leader
+    place = take_place()
+    if place is None:
+        return command()
+    if place.number > 0:
+        with interruption.handled(), interruption.deferred():  # the leader decides; ranks hear signals themselves
+            follow(place, lambda order: _follow_part(place, order))
+        return 0
+    _leader = Leader(place)
+    try:
+        return command()
+    finally:
+        _leader.dismiss()
+        _leader = None
 
 
 def launch(config: Config) -> None:
     """Run the config on the processes that its hardware asks for."""
-    if "RANK" in os.environ:
-        raise ConfigError(
-            f"RANK={os.environ['RANK']}: opd starts its own ranks; use python -m opd hardware=… without torchrun"
-        )
-    if config.hardware.nodes > 1:
-        raise ConfigError(f"hardware.nodes={config.hardware.nodes}: several nodes are not built yet; set it to 1")
+    interruption.leave_if_requested()
     RunFolder(config)  # refuse a folder that cannot be used before anything is loaded or trained for it
-    _check_device(config)
-    from opd import pipeline
+    check_place(config)
+    from opd.failures import Outcome, conclude
 
-    config = pipeline.prepare(config)
-    if config.hardware.processes_per_node == 1:
-        pipeline.run(config)
+    if config.hardware.world_size == 1 or config.is_embedded:
+        from opd import pipeline  # seconds, and memory that the ranks could use
+
+        config = pipeline.prepare(config)
     else:
-        _start_ranks(config)
+        from opd.artifacts.console import start_logging
+
+        start_logging()
+    name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{next(_numbers)}"
+    logs = Path(config.run.dir).resolve() / RANK_LOGS / name
+    if _leader is not None:
+        order = {"config": config.model_dump(mode="json"), "logs": str(logs), "launch": name}
+        _leader.begin(order)
+        own = _run_part(_leader.place, config, order)
+        conclude(map(Outcome.loaded, _leader.hear(name, own.dumped(), is_good=own.is_good)))
+    elif config.hardware.world_size == 1:
+        from opd import rank
+
+        rank.run(config)
+    else:
+        from opd.ranks import Node, run_ranks
+
+        conclude([run_ranks(config, logs, name, Node())])
+
+
+def check_place(config: Config) -> None:
+    """Refuse, with ConfigError, what this machine does not have, or those who started this process did not ask for."""
+    _check_processes(config)
+    _check_device(config)
+
+
+def _check_processes(config: Config) -> None:
+    """Whether those who started this process, if anybody did, started as many as the config wants."""
+    hardware = config.hardware
+    wanted = f"hardware={hardware.name}: {hardware.nodes} x {hardware.processes_per_node} processes"
+    if _leader is None:
+        if hardware.nodes > 1:
+            raise ConfigError(
+                f"hardware.nodes={hardware.nodes}: nobody started this command on the other machines; use "
+                "hydra/launcher=slurm, or in a job of Slurm's: srun --ntasks-per-node=1 python -m opd …"
+            )
+        return
+    place = _leader.place
+    if place.kind == "nodes" and place.count != hardware.nodes:
+        raise ConfigError(
+            f"{wanted}, and srun started this command {place.count} times; start it once on each machine, which starts "
+            f"its ranks itself: srun --nodes={hardware.nodes} --ntasks-per-node=1"
+        )
+    if place.kind == "ranks":
+        if place.count != hardware.world_size:
+            raise ConfigError(
+                f"{wanted}, and torchrun or accelerate launch started {place.count}; start {hardware.world_size} "
+                "there, or leave it out: python -m opd starts its ranks itself"
+            )
+        _check_accelerate(config, place.told)
+
+
+def _check_accelerate(config: Config, told: dict[str, str]) -> None:
+    """What accelerate launch was told of sharding and precision is said by hardware here: refused where it differs."""
+    hardware, wishes = config.hardware, {name: value.lower() for name, value in told.items()}
+    stage = wishes.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "")
+    zero = hardware.sharding.removeprefix("zero") if hardware.sharding.startswith("zero") else None
+    if wishes.get("ACCELERATE_USE_DEEPSPEED") == "true" and (zero is None or stage not in ("", zero)):
+        problem = f"hardware.sharding={hardware.sharding}: accelerate launch was told to use DeepSpeed"
+        remedy = f"zero{stage or 2}, or leave DeepSpeed out there"
+    elif wishes.get("ACCELERATE_USE_FSDP") == "true" and hardware.sharding != "fsdp2":
+        problem = f"hardware.sharding={hardware.sharding}: accelerate launch was told to use FSDP"
+        remedy = "fsdp2, or leave FSDP out there"
+    elif (precision := wishes.get("ACCELERATE_MIXED_PRECISION", "no")) not in ("no", hardware.precision):
+        problem = f"hardware.precision={hardware.precision}: accelerate launch was told {precision}"
+        remedy = f"{precision}, or leave --mixed_precision out there"
+    else:
+        return
+    raise ConfigError(f"{problem}; set it to {remedy}")
 
 
 def _check_device(config: Config) -> None:
+    hardware = config.hardware
+    if hardware.device == "cpu":
+        return
     import torch
 
-    hardware = config.hardware
     if hardware.device == "cuda" and torch.cuda.device_count() < hardware.processes_per_node:
         raise ConfigError(
             f"hardware={hardware.name}: needs {hardware.processes_per_node} CUDA devices, and this machine has "
@@ -46,39 +151,18 @@ def _check_device(config: Config) -> None:
         raise ConfigError("hardware.device=mps: this machine has none; use hardware.device=cpu")
 
 
-def _start_ranks(config: Config) -> None:
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+def _follow_part(place: Place, order: dict[str, Any]) -> tuple[str, bool]:
+    """Run what the leader asks for; what to tell it."""
+    raw = order["config"]
+    outcome = _run_part(place, parse(raw, METHODS[raw["method"]["name"]].Config), order)
+    return outcome.dumped(), outcome.is_good
 
-    folder = Path(config.run.dir).resolve()
-    logs = folder / RANK_LOGS
-    logs.mkdir(parents=True, exist_ok=True)
-    specification = logs / "config.json"
-    specification.write_text(config.model_dump_json(), encoding="utf-8")
-    os.environ.setdefault("OMP_NUM_THREADS", str(config.hardware.threads))
-    ranks = config.hardware.processes_per_node
-    settings = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=ranks,
-        run_id=folder.name,
-        role="opd",
-        max_restarts=0,
-        monitor_interval=0.2,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        # Rank 0 has the console; the others write to files.
-        logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects=dict.fromkeys(range(1, ranks), Std.ALL)),
-    )
-    try:
-        elastic_launch(settings, sys.executable)("-u", "-m", "opd.worker", str(specification))
-    except SignalException as error:  # the ranks have been stopped
-        if error.sigval == signal.SIGINT:
-            raise KeyboardInterrupt from None
-        sys.exit(128 + error.sigval)
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode in _SAID:
-            sys.exit(failure.exitcode)
-        raise RunError(f"rank {rank} failed (exit code {failure.exitcode}): {failure.message}; see {logs}") from None
+
+def _run_part(place: Place, config: Config, order: dict[str, Any]) -> Outcome:
+    """The ranks of this node, or this one rank."""
+    from opd.ranks import Node, run_rank, run_ranks
+
+    logs = Path(order["logs"]) / f"{place.kind.removesuffix('s')}{place.number}"
+    if place.kind == "nodes":
+        return run_ranks(config, logs, order["launch"], Node(place.number, f"{place.host}:{place.port}"))
+    return run_rank(config, logs, order["launch"], place.told)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from opd import distributed
+from opd import distributed, zero
 from opd.config import Config, Model
 from opd.errors import ConfigError
 from opd.models import (
     add_lora,
+    attach_objective,
     causal_lm,
     check_head,
     check_packing,
@@ -23,9 +25,11 @@ from opd.models import (
     load_student,
     save_memory,
 )
+from opd.offload import offload
 from opd.protocols import Method
 from opd.quantization import is_quantized
-from opd.teachers import LocalTeacher, WithoutAdapter
+from opd.sharding import shard
+from opd.teachers import LocalTeacher, SelfTeacher, Teacher, WithoutAdapter
 from opd.tokenizers import Vocabulary, base_of_adapter
 
 
@@ -53,18 +57,49 @@ def load_trained_student(config: Config, method: Method) -> Any:
     return model
 
 
+def shard_student(config: Config, student: Any, teachers: Iterable[Teacher]) -> None:
+    """hardware.sharding=fsdp2, in place, once everything has its copy of the whole student; Trainer begins ZeRO."""
+    if config.hardware.sharding != "fsdp2":
+        return
+    setting = "hardware.sharding=fsdp2"
+    shard(student, setting, hardware=config.hardware)
+    for teacher in teachers:
+        if isinstance(teacher, SelfTeacher):
+            teacher.follow(setting)
+
+
 def load_local_teacher(config: Config, path: str, key: str, vocabulary: Vocabulary, student: Any) -> LocalTeacher:
-    """The teacher at `path`, on its device; without a second copy where it is what the student's adapter lies on."""
+    """The teacher at `path`, placed; without a second copy where it is what the student's adapter lies on.
+
+    Then it lies as the student does, whatever hardware.teacher_placement says.
+    """
     settings = config.model.teacher
     if hasattr(student, "peft_config") and _is_students_base(config, path):
         return LocalTeacher(WithoutAdapter(student), vocab_size=vocabulary.size, top_k=settings.top_k)
     dtype = _dtype(settings, config, is_frozen=True)
     model: Any = freeze(load_model(settings, path, key, dtype=dtype, hardware=config.hardware))
-    model.to(device_of(config))
+    place_teacher(model, config)
     check_head(model, key)
     if config.train.packing:
         check_packing(model, key)
     return LocalTeacher(model, vocab_size=vocabulary.size, top_k=settings.top_k)
+
+
+def place_teacher(model: Any, config: Config) -> None:
+    """hardware.teacher_placement, of a model in main memory: what is sharded is never whole on a device."""
+    hardware = config.hardware
+    setting = f"hardware.teacher_placement={hardware.teacher_placement}"
+    if hardware.teacher_placement == "local":
+        model.to(device_of(config))
+    elif hardware.teacher_placement == "cpu_offload":
+        offload(model, setting, device=device_of(config))
+    else:
+        attach_objective(model)  # before its forward is wrapped
+        if hardware.teacher_placement == "fsdp2":
+            shard(model, setting, hardware=hardware, trained=False)
+        else:
+            zero.join(hardware)
+            zero.shard_for_inference(model)
 
 
 def _is_students_base(config: Config, path: str) -> bool:

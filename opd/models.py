@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
+from types import MethodType
 from typing import Any, TypeVar
 
 import torch
@@ -19,7 +20,7 @@ from transformers import (
 )
 
 from opd.config import Hardware, LoRA, Model, WalkRecipe
-from opd.errors import ConfigError
+from opd.errors import ConfigError, is_out_of_memory
 from opd.protocols import Head, Layout
 from opd.quantization import dequantized, is_quantized, keep_differentiable, quantization_config
 from opd.tokenizers import COMPLETE, base_of_adapter, first_line
@@ -41,6 +42,8 @@ def _with_adapter(base: PreTrainedModel, path: str, key: str, *, is_trainable: b
     try:
         return PeftModel.from_pretrained(base, path, is_trainable=is_trainable)
     except Exception as error:  # peft, safetensors and torch each raise types of their own
+        if is_out_of_memory(error):
+            raise
         raise ConfigError(f"{key}={path}: its adapter does not load ({first_line(error)}); {COMPLETE}") from None
 
 
@@ -68,6 +71,8 @@ def load_model(model: Model, path: str, key: str, *, dtype: torch.dtype, hardwar
             **quantized,
         )
     except Exception as error:  # safetensors, torch and transformers each raise types of their own
+        if is_out_of_memory(error):
+            raise
         if "attention" in str(error).lower():
             setting = f"{key.rsplit('.', 1)[0]}.attention={model.attention}"
             raise ConfigError(f"{setting}: not for this model ({first_line(error)}); set it to eager") from None
@@ -196,6 +201,20 @@ def causal_lm(model: Any) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def decoder_layers(model: Any, key: str) -> list[nn.Module]:
+    """The layers that are sharded or moved one at a time. `key` names the setting that asks for it.
+
+    Raises ConfigError for a family that does not tell them.
+    """
+    inner = causal_lm(model)
+    names = getattr(inner, "_no_split_modules", None) or ()
+    layers = [module for module in inner.modules() if type(module).__name__ in names]
+    if not layers:
+        problem = f"{type(inner).__name__} does not tell its layers (_no_split_modules)"
+        raise ConfigError(f"{key}: {problem}; set it to {'ddp' if 'sharding' in key else 'local'}")
+    return layers
+
+
 def read_head(model: PreTrainedModel, vocab_size: int | None = None) -> Head:
     """The output head, with what some families do to its logits: Cohere scales, Granite divides, Gemma 2 caps."""
     layer: Any = model.get_output_embeddings()
@@ -223,19 +242,34 @@ def predicting_states(model: PreTrainedModel, layout: Layout) -> Tensor:
 def attach_objective(model: Any) -> None:
     """Let `model(layout=…, objective=f)` return f(hidden states at its predictors): one forward, head included.
 
-    DDP, FSDP and ZeRO-3 hook the forward of what they wrap, so a loss that reads the head must be computed inside it.
-    Without `objective` the forward is what it was.
+    DDP, FSDP2 and ZeRO-3 hook the forward of what they wrap: inside it the head is whole, outside it may not be. Their
+    backward hooks hang on the tensors that come out, alone or in tuples: f returns its loss so, whatever else it
+    returns beside it. Without `objective` the forward is what it was. Attached twice it is attached once.
     """
-    inner = causal_lm(model)
-    plain = inner.forward
+    inner: Any = causal_lm(model)
+    if hasattr(inner, "plain_forward"):
+        return
 
-    @functools.wraps(plain)
-    def forward(*args: Any, objective: Callable[[Tensor], Result] | None = None, **kwargs: Any) -> Result | Any:
+    @functools.wraps(type(inner).forward)
+    def forward(
+        self: Any, *args: Any, objective: Callable[[Tensor], Result] | None = None, **kwargs: Any
+    ) -> Result | Any:
         if objective is None:
-            return plain(*args, **kwargs)
-        return objective(predicting_states(inner, kwargs["layout"]))
+            return self.plain_forward(*args, **kwargs)
+        return objective(predicting_states(self, kwargs["layout"]))
 
-    inner.forward = forward
+    inner.plain_forward = inner.forward
+    inner.forward = MethodType(forward, inner)  # a method, so that a deep copy of the model gets its own
+
+
+def within_forward(model: Any, layout: Layout, objective: Callable[[Tensor], Result]) -> Result:
+    """objective(hidden states at the layout's predictors), from inside the model's forward if it takes objectives.
+
+    Of a sharded model it must: nowhere else is the head whole.
+    """
+    if hasattr(model, "plain_forward"):
+        return model(layout=layout, objective=objective)
+    return objective(predicting_states(model, layout))
 
 
 @torch.no_grad()
@@ -245,12 +279,16 @@ def check_head(model: PreTrainedModel, key: str) -> None:
     model.eval()
     ids = torch.arange(1, 6, device=model.device)[None]
     mask = torch.ones_like(ids)
-    head = read_head(model)
-    assert head.weight is not None
-    hidden = hidden_states(model, ids, mask)
-    ours = head.finish(nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias).float())
+
+    def logits(hidden: Tensor) -> Tensor:
+        head = read_head(model)
+        assert head.weight is not None
+        return head.finish(nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias).float())
+
+    ours = within_forward(model, _every_position(ids, mask), logits).view(*ids.shape, -1)
     theirs = model(input_ids=ids, attention_mask=mask).logits.float()
     model.train(training)
+    head: Any = model.get_output_embeddings()
     exact = head.weight.dtype == torch.float32 and not torch.is_autocast_enabled(ids.device.type)
     tolerance = 1e-3 if exact else 5e-2
     if ours.shape != theirs.shape or not torch.allclose(
@@ -270,11 +308,23 @@ def check_packing(model: PreTrainedModel, key: str) -> None:
     # Two rows: flash attention tells packed sequences apart in one row only.
     ids = torch.arange(1, 13, device=model.device).view(2, 6)
     positions = torch.tensor([[0, 1, 2, 0, 1, 2]] * 2, device=model.device)
-    packed = hidden_states(model, ids, None, positions)[:, 3:]
-    alone = hidden_states(model, ids[:, 3:], torch.ones_like(ids[:, 3:]))
+    last = ids[:, 3:]
+
+    def states(input_ids: Tensor, mask: Tensor | None, position_ids: Tensor | None = None) -> Tensor:
+        layout = _every_position(input_ids, mask, position_ids)
+        return within_forward(model, layout, lambda hidden: hidden).view(*input_ids.shape, -1)
+
+    packed = states(ids, None, positions)[:, 3:]
+    alone = states(last, torch.ones_like(last))
     model.train(training)
     if not torch.allclose(packed.float(), alone.float(), rtol=5e-2, atol=5e-2 * alone.float().abs().max().item()):
         raise ConfigError(
             f"train.packing=True: {type(model).__name__} ({key}) lets the sequences of a packed row see each other; "
             "set it to false"
         )
+
+
+def _every_position(ids: Tensor, mask: Tensor | None, position_ids: Tensor | None = None) -> Layout:
+    """A layout that asks for the states of all tokens, (B·T, H)."""
+    everything = torch.arange(ids.numel(), device=ids.device)
+    return Layout(ids, mask, position_ids, everything, ids.flatten(), everything // ids.shape[1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from opd.artifacts.run_folder import RunFolder
 from opd.artifacts.table import before_after_table, format_table
 from opd.config import Config
 from opd.data import check_variant
+from opd.early_end import EarlyEnd
 from opd.embedded import ensure_models
 from opd.errors import ConfigError
 from opd.evaluate import Evaluator, MethodLoss
@@ -32,8 +34,8 @@ from opd.loading import (
     make_source,
     num_steps,
 )
-from opd.model_loading import device_of, load_trained_student
-from opd.models import causal_lm, merged
+from opd.model_loading import device_of, load_trained_student, shard_student, student_dtype
+from opd.models import load_model, merged
 from opd.precompute import keep_logprobs, make_responses, make_scores
 from opd.preflight import Checks, Finding
 from opd.preflight.data import check_data
@@ -42,6 +44,7 @@ from opd.preflight.gradient import check_gradient
 from opd.preflight.pair import check_pair
 from opd.protocols import Method
 from opd.recorder import Recorder
+from opd.sharding import gathered, is_sharded, num_parameters, whole_state
 from opd.sources import SequenceSource
 from opd.teachers import LocalTeacher, SelfTeacher, Teacher, WithoutAdapter
 from opd.trainer import DistillationTrainer
@@ -130,7 +133,7 @@ def _experiment(loaded: _Run) -> dict[str, Any]:
         result["after"] = recorder.evaluate(loaded.max_steps, "after")
         if distributed.rank() == 0 and hasattr(loaded.student, "peft_config"):
             _save_merged(loaded)  # last: the reference is the student with its adapter off
-    result["student_parameters"] = causal_lm(loaded.student).num_parameters()
+    result["student_parameters"] = num_parameters(loaded.student)
     recorder.close(result)
     return result
 
@@ -179,12 +182,15 @@ def _load(config: Config, checks: Checks) -> _Run:
         teacher=teachers.get("teacher"),
         text_views=texts.text_views,
     )
+    if config.trains:
+        shard_student(config, student, teachers.values())
     if not folder.continues:
         checks(lambda: check_gradient(config, method, texts, student=student, teachers=teachers, source=source))
         checks.enforce()
     for name, need in method.needs.asked(config.mode).items():
         if need.precompute:
-            teachers[name] = keep_logprobs(config, method, texts, source, name, teachers[name])
+            with gathered(student) if need.is_student else nullcontext():
+                teachers[name] = keep_logprobs(config, method, texts, source, name, teachers[name])
     evaluator = Evaluator(
         config,
         texts.data,
@@ -243,34 +249,41 @@ def _train(loaded: _Run, recorder: Recorder) -> dict[str, Any]:
         vocabulary=loaded.texts.vocabulary,
         max_steps=loaded.max_steps,
         on_step=recorder.on_step,
-        callbacks=[recorder],
+        callbacks=[recorder, EarlyEnd()],
     )
     try:
         trainer.resume(loaded.folder.checkpoint)
     finally:
         recorder.end_progress()
-    if distributed.rank() == 0:
-        _save_final(loaded)
+    _save_final(loaded)
     return {**trainer.spent, "steps": loaded.max_steps}
 
 
 def _save_final(loaded: _Run) -> None:
-    """final_model/: what from_pretrained loads. With LoRA final_adapter/."""
-    if hasattr(loaded.student, "peft_config"):
-        _save(loaded, loaded.student, "final_adapter")
-    else:
-        _save(loaded, loaded.student, "final_model")
+    """final_model/: what from_pretrained loads. With LoRA final_adapter/. Collective."""
+    state = whole_state(loaded.student) if is_sharded(loaded.student) else None
+    if distributed.rank() == 0:
+        _save(
+            loaded, loaded.student, "final_adapter" if hasattr(loaded.student, "peft_config") else "final_model", state
+        )
 
 
 def _save_merged(loaded: _Run) -> None:
     """final_model/ of a student with LoRA; its adapter is gone then."""
-    loaded.student = merged(loaded.student, loaded.folder.path / "final_adapter")
+    config, adapter = loaded.config, loaded.folder.path / "final_adapter"
+    if is_sharded(loaded.student):  # the other ranks hold most of it: from its files, as it was loaded
+        dtype = student_dtype(config)
+        loaded.student = load_model(
+            config.model.student, str(adapter), "run.dir", dtype=dtype, hardware=config.hardware
+        )
+    else:
+        loaded.student = merged(loaded.student, adapter)
     _save(loaded, loaded.student, "final_model")
 
 
-def _save(loaded: _Run, model: Any, name: str) -> None:
+def _save(loaded: _Run, model: Any, name: str, state: dict[str, torch.Tensor] | None = None) -> None:
     try:
-        model.save_pretrained(loaded.folder.path / name)
+        model.save_pretrained(loaded.folder.path / name, state_dict=state)
         loaded.texts.tokenizer.save_pretrained(loaded.folder.path / name)
     except (OSError, SafetensorError) as error:
         raise loaded.folder.full(name, error) from error
@@ -351,7 +364,8 @@ def _facts(loaded: _Run) -> dict[str, str]:
 def _model_line(path: str | None, model: Any) -> str:
     if model is None:
         return f"{path} (its tokenizer)"
-    return f"{path} ({type(model).__name__}, {causal_lm(model).num_parameters():,} parameters)"
+    family = type(model).__name__.removeprefix("FSDP")  # which fully_shard adds to the class
+    return f"{path} ({family}, {num_parameters(model):,} parameters)"
 
 
 def _coverage_line(found: dict[str, float]) -> str:

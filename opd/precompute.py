@@ -24,7 +24,7 @@ from opd.models import computing
 from opd.objectives import scores_on, top_k_scores
 from opd.protocols import Method, Sparse
 from opd.sources import Sampling, SequenceSource, sample
-from opd.teachers import CachedTeacher, Teacher, write_scores
+from opd.teachers import CachedTeacher, Teacher, asked_unevenly, write_scores
 from opd.window import Batches
 
 log = logging.getLogger("opd")
@@ -85,17 +85,18 @@ def make_scores(
     mine = _share(batches.parts(sequences))
     scored: list[dict[str, list[Sparse]]] = []
     progress = Progress("scores", len(mine))
-    for part in mine:
-        layout, ids = batches.batch(part).layout, None
-        lengths = [sequence.num_loss_tokens for sequence in part]
-        scored.append({})
-        for name in asked:
-            dense = teachers[name].dense(layout)  # type: ignore[attr-defined]
-            sparse = top_k_scores(dense, top_k) if ids is None else scores_on(dense, ids)
-            ids = sparse.ids
-            columns = (column.cpu().split(lengths) for column in (sparse.ids, sparse.logprobs, sparse.tail))
-            scored[-1][name] = [Sparse(*entry) for entry in zip(*columns, strict=True)]
-        progress.show(len(scored), {})
+    with asked_unevenly(teachers[name] for name in asked):
+        for part in mine:
+            layout, ids = batches.batch(part).layout, None
+            lengths = [sequence.num_loss_tokens for sequence in part]
+            scored.append({})
+            for name in asked:
+                dense = teachers[name].dense(layout)  # type: ignore[attr-defined]
+                sparse = top_k_scores(dense, top_k) if ids is None else scores_on(dense, ids)
+                ids = sparse.ids
+                columns = (column.cpu().split(lengths) for column in (sparse.ids, sparse.logprobs, sparse.tail))
+                scored[-1][name] = [Sparse(*entry) for entry in zip(*columns, strict=True)]
+            progress.show(len(scored), {})
     progress.close()
     folder = Path(config.run.dir)
     shares = _gathered(folder, scored)
@@ -134,9 +135,10 @@ def keep_logprobs(
     if distributed.maximum(torch.tensor(float(store.find("logprobs", recipe) is None))):
         log.info("%s: log-probabilities of %d sequences are kept in %s", name, len(sequences), address)
         scored: list[list[Tensor]] = []
-        for part in _share(batches.parts(sequences)):
-            values = teacher.logprobs(batches.batch(part).layout, part).cpu()
-            scored.append(list(values.split([sequence.num_loss_tokens for sequence in part])))
+        with asked_unevenly([teacher]):
+            for part in _share(batches.parts(sequences)):
+                values = teacher.logprobs(batches.batch(part).layout, part).cpu()
+                scored.append(list(values.split([sequence.num_loss_tokens for sequence in part])))
         everything = _in_order(distributed.gather(scored))
 
         def make(folder: Path) -> None:

@@ -17,6 +17,7 @@ from opd.artifacts.tracking import Tracker
 from opd.config import Config
 from opd.evaluate import Evaluator, row_scores
 from opd.protocols import TokenSequence
+from opd.sharding import gathered
 from opd.window import Window
 
 if TYPE_CHECKING:  # importing lm-eval takes seconds
@@ -52,15 +53,16 @@ class Recorder(TrainerCallback):
 
         `told`: what else stands in its line of metrics.jsonl.
         """
-        metrics, samples, scores = self._evaluator(self._student)
-        parts = distributed.gather(scores)
-        if self._writes and metrics:
-            self._write_lines(f"scores-{phase}.jsonl", row_scores(parts))
-        if self._tasks is not None:
-            tasks, documents = self._tasks(self._student)
-            metrics = metrics | tasks
-            if self._writes:
-                self._write_lines(f"lm_eval-{phase}.jsonl", documents)
+        with gathered(self._student):
+            metrics, samples, scores = self._evaluator(self._student)
+            parts = distributed.gather(scores)
+            if self._writes and metrics:
+                self._write_lines(f"scores-{phase}.jsonl", row_scores(parts))
+            if self._tasks is not None:
+                tasks, documents = self._tasks(self._student)
+                metrics = metrics | tasks
+                if self._writes:
+                    self._write_lines(f"lm_eval-{phase}.jsonl", documents)
         self._write(step, {**(told or {}), **{f"eval/{name}": value for name, value in metrics.items()}})
         if self._writes and samples:
             for sample in samples[:_RECORDED_ANSWERS]:
@@ -95,7 +97,8 @@ class Recorder(TrainerCallback):
         """Evaluate where train.eval_every_steps asks for it; the last step is evaluated as "after"."""
         every, step = self._config.train.eval_every_steps, state.global_step
         if every and step % every == 0 and step < self._max_steps:
-            metrics = self._evaluator(self._student).metrics
+            with gathered(self._student):
+                metrics = self._evaluator(self._student).metrics
             self._write(step, {f"eval/{name}": value for name, value in metrics.items()})
 
     def close(self, result: dict[str, Any]) -> None:

@@ -13,17 +13,18 @@ import gc
 import json
 import logging
 import shutil
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from opd import interruption
 from opd.artifacts.run_folder import STAGES, RunFolder
 from opd.artifacts.store import Store
 from opd.conditions import validated
 from opd.config import Config, parse
+from opd.devices import with_device
 from opd.errors import ConfigError, OpdError
 from opd.launch import launch
 from opd.methods import METHODS
@@ -32,13 +33,12 @@ from opd.stage_graph import Stage, begun, kind_of, merge, needed, of_stage, plan
 log = logging.getLogger("opd")
 
 
+@interruption.requeued()
+@interruption.handled()
 def run(raw: dict[str, Any]) -> None:
     """Make the stages that the run refers to, then the run. All configs are checked before the first stage begins."""
-    raw = copy.deepcopy(raw)
-    definitions = raw.pop("stages", None) or {}
-    final = validated(begun(raw))
+    raw, final, stages = _planned(with_device(raw))
     store = Store(Path(final.artifacts.dir))
-    stages = plan(raw, definitions, store)
     if not stages:
         launch(final)
         return
@@ -46,8 +46,6 @@ def run(raw: dict[str, Any]) -> None:
         _check(raw, stages)
         return
     config = begun(resolved(raw, stages))
-    # The folders in it need not exist yet, but a run.dir of another or of a finished run is refused now.
-    RunFolder(parse(config, METHODS[final.method.name].Config))
     told: list[dict[str, Any]] = []
     _tell(final, told)
     _start_console()
@@ -64,10 +62,31 @@ def run(raw: dict[str, Any]) -> None:
     launch(validated(config))
 
 
+def check(raw: dict[str, Any]) -> Config:
+    """The run's config, where all that can be refused before anything is made was found good.
+
+    Checked are the configs of the run and of its stages, how they refer to each other, and run.dir; nothing is written.
+    Raises FinishedError where run.dir holds this run, finished; else ConfigError, one line a problem.
+    """
+    return _planned(raw)[1]
+
+
+def _planned(raw: dict[str, Any]) -> tuple[dict[str, Any], Config, dict[str, Stage]]:
+    """The config apart from its definitions of stages, the same typed, and the stages that it needs."""
+    raw = copy.deepcopy(raw)
+    definitions = raw.pop("stages", None) or {}
+    final = validated(begun(raw))
+    stages = plan(raw, definitions, Store(Path(final.artifacts.dir)))
+    if final.mode != "check":
+        # The folders in it need not exist yet, but a run.dir of another or of a finished run is refused now.
+        RunFolder(parse(begun(resolved(raw, stages)), METHODS[final.method.name].Config))
+    return raw, final, stages
+
+
 def _check(raw: dict[str, Any], stages: dict[str, Stage]) -> None:
     """mode=check of a graph: every training in it that has all it reads. Nothing is made."""
     _start_console()
-    refused, unseen, code = [], [], 0
+    refused, unseen = [], []
     trainings = {name: stage.raw for name, stage in stages.items() if stage.raw["mode"] == "train"} | {"": raw}
     for name, own in trainings.items():
         title = f"stages.{name}" if name else "the run itself"
@@ -83,12 +102,8 @@ def _check(raw: dict[str, Any], stages: dict[str, Stage]) -> None:
                 launch(validated(begun(resolved({**own, "mode": "check"}, stages))))
             except OpdError as error:
                 refused.append(of_stage(name, error) if name else error)
-            except SystemExit as error:  # its ranks have said what
-                code = error.code
     if refused:
         raise type(refused[0])("\n".join(str(error) for error in refused))
-    if code:
-        sys.exit(code)
     if unseen:
         log.info("\nnot checked yet: %s", ", ".join(unseen))
 
@@ -157,9 +172,6 @@ def _run_stage(name: str, config: Config) -> None:
         launch(config)
     except OpdError as error:
         raise of_stage(name, error) from error
-    except SystemExit:
-        sys.stderr.write(f"opd: in stages.{name}\n")  # its first rank has said what
-        raise
     finally:
         _start_console()  # what comes next is not for the stage's own log
         gc.collect()  # models hang in cycles, and the next stage needs their room

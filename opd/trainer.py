@@ -13,6 +13,8 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +23,17 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import rotate_checkpoints
 
-from opd import distributed
-from opd.config import Config
-from opd.errors import RunError
+from opd import distributed, zero
+from opd.config import Config, Hardware
+from opd.deepspeed_config import deepspeed_config
+from opd.errors import ConfigError, RunError
 from opd.model_loading import device_of
-from opd.models import attach_objective, causal_lm, computing, evaluation_mode, predicting_states, read_head
+from opd.models import attach_objective, causal_lm, computing, evaluation_mode, read_head, within_forward
 from opd.objectives import token_logprobs
 from opd.protocols import Dense, ExampleSet, Layout, Method, Terms
+from opd.sharded_checkpoint import load_optimizer, load_weights, save_shards
+from opd.sharding import gathered, is_sharded, local, whole_state
 from opd.sources import SequenceSource
 from opd.teachers import Teacher, ask_teachers
 from opd.tokenizers import Vocabulary
@@ -37,6 +41,8 @@ from opd.window import Window, WindowBuilder
 
 log = logging.getLogger("opd")
 _SPENT = "spent.json"  # in a checkpoint: seconds and tokens up to it
+_UNLOGGED = "unlogged-rank{}.json"  # in a checkpoint between two logged steps
+_SCHEDULE = "scheduler.pt"
 _LEDGER = ("student_trained_tokens", "student_sampled_tokens", "teacher_sampled_tokens", "teacher_scored_tokens")
 
 
@@ -63,6 +69,7 @@ class DistillationTrainer(Trainer):
         self.config, self.method, self.teachers, self.vocabulary = config, method, teachers, vocabulary
         self._on_step, self._metrics, self._maxima = on_step, {}, {}
         self._staging: Path | None = None
+        self._unlogged: dict[str, Any] = {}
         self.step_started = self.step_seconds = 0.0
         self.spent: dict[str, Any] = {"train_seconds": 0.0, "tokens": 0}  # by all sessions; without evaluating, saving
         self.spent["ledger"] = dict.fromkeys(_LEDGER, 0)
@@ -86,23 +93,44 @@ class DistillationTrainer(Trainer):
             processing_class=tokenizer,
             callbacks=[_StepKeeper(self), *(callbacks or [])],
         )
+        self._in_shards = is_sharded(model)  # FSDP2; ZeRO begins with the training
+        if self._in_shards:  # autocast is all that accelerate has to add
+            self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
 
     def resume(self, checkpoint: Path | None) -> None:
         """Train to the end, from a checkpoint if there is one."""
         if checkpoint is not None:
+            self.spent = self._read_spent(checkpoint)
             self.windows.load(checkpoint)
+            self._read_unlogged(checkpoint)
             for teacher in _each(self.teachers):
                 teacher.load(checkpoint)
-            self.spent = json.loads((checkpoint / _SPENT).read_text(encoding="utf-8"))
         self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         self._refuse_non_finite_weights()
+
+    @property
+    def _layout(self) -> dict[str, Any]:
+        """What a checkpoint of this run can only be read by."""
+        return {"processes": distributed.world_size(), "sharding": self.config.hardware.sharding}
+
+    def _read_spent(self, checkpoint: Path) -> dict[str, Any]:
+        """Seconds and tokens up to the checkpoint. Raises ConfigError if it belongs to other ranks."""
+        spent, mine = json.loads((checkpoint / _SPENT).read_text(encoding="utf-8")), self._layout
+        theirs = {name: spent.pop(name, value) for name, value in mine.items()}
+        if theirs != mine:
+            raise ConfigError(
+                f"run.resume={checkpoint}: was saved by {theirs['processes']} processes with hardware.sharding="
+                f"{theirs['sharding']}, and this run has {mine['processes']} with {mine['sharding']}; a checkpoint "
+                "belongs to the number of processes and the sharding that saved it: continue with those"
+            )
+        return spent
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, Any]:
         """The window of the step that comes next. The data loader only counts; rows are addressed by step."""
         for _ in range(num_batches):
             next(epoch_iterator)
         self.step_started = time.perf_counter()
-        with computing(self.config.hardware):
+        with computing(self.config.hardware), gathered(self.model) if self.windows.samples_next else nullcontext():
             self.window = self.windows(self.state.global_step)
         self._keep_ledger(self.window)
         for name, pair in self.window.metrics.items():
@@ -113,6 +141,16 @@ class DistillationTrainer(Trainer):
             )
         return [{"batch": batch} for batch in self.window.batches], None
 
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """As Trainer's; but a step without a loss token goes no further than its metrics where it could not be skipped.
+
+        DeepSpeed's backward pass ends in its optimizer's step, momentum and weight decay included.
+        """
+        if self.is_deepspeed_enabled and self.window.counts["loss_tokens"] == 0:
+            with torch.no_grad():
+                return self.compute_loss(model, inputs)
+        return super().training_step(model, inputs, num_items_in_batch)
+
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -121,15 +159,15 @@ class DistillationTrainer(Trainer):
         scores = ask_teachers(self.method.needs, self.teachers, batch)
         inner = causal_lm(model)
 
-        def objective(hidden: Tensor) -> Terms:
-            return self.method.loss(Dense(hidden, read_head(inner, self.vocabulary.size)), scores, batch)
+        def objective(hidden: Tensor) -> tuple[Tensor, Terms]:
+            terms = self.method.loss(Dense(hidden, read_head(inner, self.vocabulary.size)), scores, batch)
+            return share_of_step(terms, self.window.counts) * distributed.world_size(), terms
 
-        terms = model(layout=batch.layout, objective=objective)
+        loss, terms = model(layout=batch.layout, objective=objective)
         self._note(terms)
-        loss = share_of_step(terms, self.window.counts)
-        if not math.isfinite(value := float(loss.detach())):
-            raise self._diverged(f"step {self.state.global_step + 1}: the loss is {value}")
-        return loss * distributed.world_size()
+        if not math.isfinite(share := float(loss.detach()) / distributed.world_size()):
+            raise self._diverged(f"step {self.state.global_step + 1}: the loss is {share}")
+        return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """A logged step under opd's names; metrics are over all steps since the last. Trainer's summary is left out."""
@@ -138,7 +176,8 @@ class DistillationTrainer(Trainer):
         window, step = self.window, self.state.global_step
         record = {
             "train/loss": logs["loss"],
-            "train/grad_norm": logs["grad_norm"],
+            # Of a skipped step DeepSpeed tells the norm of the last one that it made.
+            "train/grad_norm": logs["grad_norm"] if window.counts["loss_tokens"] else 0.0,
             "train/lr": logs["learning_rate"],
             "train/tokens": window.counts["loss_tokens"],
             **self._reduced_metrics(),
@@ -183,20 +222,41 @@ class DistillationTrainer(Trainer):
         self._metrics, self._maxima = {}, {}
         return reduced
 
+    def _write_unlogged(self, checkpoint: Path) -> None:
+        """What the steps since the last logged one have summed up: there is some only where a signal asked to save."""
+        if steps := self.state.global_step - self._globalstep_last_logged:
+            sums = {"steps": steps, "loss": float(self._tr_loss), "metrics": self._metrics, "maxima": self._maxima}
+            (checkpoint / _UNLOGGED.format(distributed.rank())).write_text(json.dumps(sums), encoding="utf-8")
+
+    def _read_unlogged(self, checkpoint: Path) -> None:
+        """Sum on, so that the next logged step is that of a run without an interruption."""
+        file = checkpoint / _UNLOGGED.format(distributed.rank())
+        self._unlogged = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        self._metrics, self._maxima = self._unlogged.get("metrics", {}), self._unlogged.get("maxima", {})
+
+    def take_up_loss(self) -> None:
+        """The part of the sums that is Trainer's, which it clears when it begins."""
+        self._tr_loss += self._unlogged.pop("loss", 0.0)
+        self._globalstep_last_logged -= self._unlogged.pop("steps", 0)
+
     def _diverged(self, what: str) -> RunError:
         return RunError(f"{what}; lower train.learning_rate={self.config.train.learning_rate} and start again")
 
     def _refuse_non_finite_weights(self) -> None:
         """Before anything is saved: a step can leave weights that only the next step's loss would show."""
-        for name, parameter in causal_lm(self.model).named_parameters():
-            if parameter.requires_grad and not torch.isfinite(parameter).all():
-                raise self._diverged(f"step {self.state.global_step}: {name} is no longer finite")
+        trained = ((name, local(p)) for name, p in causal_lm(self.model).named_parameters() if p.requires_grad)
+        if bad := distributed.union(name for name, part in trained if not torch.isfinite(part).all()):
+            raise self._diverged(f"step {self.state.global_step}: {bad[0]} is no longer finite")
 
     def _student_logprobs(self, layout: Layout, temperature: float) -> Tensor:
         inner = causal_lm(self.model)
-        with evaluation_mode(inner):
-            scores = Dense(predicting_states(inner, layout), read_head(inner, self.vocabulary.size))
+
+        def objective(hidden: Tensor) -> Tensor:
+            scores = Dense(hidden, read_head(inner, self.vocabulary.size))
             return token_logprobs(scores, layout.targets, temperature=temperature)
+
+        with evaluation_mode(inner):
+            return within_forward(inner, layout, objective)
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Not counted: Trainer's formula knows neither rollouts nor teachers."""
@@ -207,6 +267,32 @@ class DistillationTrainer(Trainer):
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging) if self._staging else super()._get_output_dir(trial)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As transformers loads it, in whole weights."""
+        if not self._in_shards:
+            return super().save_model(output_dir, _internal_call)
+        self._save(output_dir, state_dict=whole_state(self.model))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self._in_shards:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        save_shards(Path(output_dir), self.model, self.optimizer)
+        if self.args.should_save:
+            schedule: Any = self.lr_scheduler
+            torch.save(schedule.state_dict(), Path(output_dir) / _SCHEDULE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not self._in_shards:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_weights(Path(resume_from_checkpoint), self.model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self._in_shards or checkpoint is None:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        load_optimizer(Path(checkpoint), self.optimizer)
+        schedule: Any = self.lr_scheduler
+        schedule.load_state_dict(torch.load(Path(checkpoint) / _SCHEDULE, weights_only=True))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Written beside its place and moved there when whole: what is called checkpoint-N can be resumed from."""
@@ -220,15 +306,14 @@ class DistillationTrainer(Trainer):
             distributed.barrier()
             super()._save_checkpoint(model, trial)
             self.windows.save(self._staging / name)
+            self._write_unlogged(self._staging / name)
             for teacher in _each(self.teachers):
                 teacher.save(self._staging / name)
             distributed.barrier()
             if self.args.should_save:
-                (self._staging / name / _SPENT).write_text(json.dumps(self.spent), encoding="utf-8")
-                shutil.rmtree(folder / name, ignore_errors=True)
-                (self._staging / name).rename(folder / name)
-                self._staging.rmdir()
-                rotate_checkpoints(output_dir=str(folder), save_total_limit=self.config.train.keep_checkpoints)
+                spent = {**self.spent, **self._layout}
+                (self._staging / name / _SPENT).write_text(json.dumps(spent), encoding="utf-8")
+                _put_in_place(self._staging / name, folder, keep=self.config.train.keep_checkpoints)
         except (OSError, RuntimeError, SafetensorError) as error:
             # torch's writer has no error type of its own for a full disk: its file's name is what they share.
             if type(error) is RuntimeError and not re.search("inline_container|iostream", str(error)):
@@ -241,11 +326,31 @@ class DistillationTrainer(Trainer):
             self._staging = None
 
 
+def _put_in_place(made: Path, folder: Path, *, keep: int) -> None:
+    """Move a whole checkpoint to its place, and what it replaces or outdates out of sight before it is deleted.
+
+    A kill while a folder is deleted then leaves no half checkpoint behind.
+    """
+    place, staging = folder / made.name, made.parent
+    if place.exists():
+        place.rename(staging / "replaced")
+    made.rename(place)
+    for outdated in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))[:-keep]:
+        outdated.rename(staging / outdated.name)
+    shutil.rmtree(staging)
+
+
 class _StepKeeper(TrainerCallback):
     """Times a step without what is done between steps, and lets a step without a loss token change no weight."""
 
     def __init__(self, trainer: DistillationTrainer) -> None:
         self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.take_up_loss()
+        if self._trainer.is_deepspeed_enabled:
+            zero.remember(self._trainer.model_wrapped)
+            zero.keep_to_the_student()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._trainer.window.counts["loss_tokens"] == 0:
@@ -307,6 +412,7 @@ def training_arguments(config: Config, max_steps: int, num_micro_batches: int, s
         bf16=hardware.precision == "bf16",
         fp16=hardware.precision == "fp16",
         use_cpu=hardware.device == "cpu",
+        deepspeed=_zero(hardware),
         report_to=[],
         disable_tqdm=True,
         remove_unused_columns=False,
@@ -316,6 +422,14 @@ def training_arguments(config: Config, max_steps: int, num_micro_batches: int, s
     if arguments.n_gpu > 1:  # one process uses one GPU: transformers would spread its batches over all it can see
         arguments._n_gpu = 1
     return arguments
+
+
+def _zero(hardware: Hardware) -> dict[str, Any] | None:
+    """DeepSpeed's configuration, if the student is trained with it. Its process group is there then."""
+    if not hardware.sharding.startswith("zero"):
+        return None
+    zero.join(hardware)
+    return deepspeed_config(hardware)
 
 
 def _ticket(items: list[int]) -> dict[str, Tensor]:

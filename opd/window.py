@@ -172,6 +172,11 @@ class WindowBuilder:
         batches = [self._batches.batch(part) for part in self._batches.parts(sequences)]
         return Window(batches, _total(self._batches.counts(sequences)), metrics, sequences, sampled)
 
+    @property
+    def samples_next(self) -> bool:
+        """Whether the next window begins with rollouts."""
+        return self._method.needs.rollouts and not self._pending
+
     def save(self, folder: Path) -> None:
         """Keep rollouts that a later substep needs: the weights that made them are gone by then."""
         if self._pending:

@@ -1,4 +1,7 @@
-"""One rank, started by opd.launch: python -m opd.worker CONFIG.json."""
+"""A process that is one rank: python -m opd.worker SPECIFICATION.json, with RANK and its like in the environment.
+
+The specification: the run's `config`; `launch`, a name that no earlier run of these processes had; and `parent`.
+"""
 
 from __future__ import annotations
 
@@ -7,39 +10,71 @@ import json
 import os
 import signal
 import sys
+import threading
+import time
+from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.errors import record
+from opd import interruption
+from opd.failures import GONE, recorded
+from opd.together import failed_key
 
-from opd.conditions import validated
-from opd.errors import OpdError
-from opd.pipeline import run
+if TYPE_CHECKING:  # torch takes a second, in which a signal should find its handler
+    from torch.distributed import Store
 
 _PR_SET_PDEATHSIG = 1
 
 
-@record
 def main() -> None:
-    """Join the other ranks and run; end when the launcher does, however it ends."""
+    """Join the other ranks and run. It ends when its launcher does, however that ends, and when another rank fails."""
+    interruption.listen()
+    specification = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    _end_with(specification["parent"])
+    with recorded():
+        _run(specification)
+
+
+def _run(specification: dict[str, Any]) -> None:
+    import torch.distributed as dist
+
+    from opd import rank
+    from opd.conditions import validated
+
+    launch = specification["launch"]
+    config = validated(specification["config"])
+    rank.join(config, dist.PrefixStore(f"ranks/{launch}", _meeting_place()))
+    watched = _meeting_place()  # of its own: waiting blocks a store's other users
+    threading.Thread(target=_end_with_the_others, args=(watched, failed_key(launch)), daemon=True).start()
+    rank.run(config)
+    dist.destroy_process_group()
+
+
+def _end_with(parent: int) -> None:
+    """Be killed with the launcher: nobody would tell what becomes of this rank."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    config = validated(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
-    if config.hardware.device == "cuda":  # or every rank would begin on the first one
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if config.hardware.device == "cuda" else "gloo")
-    try:
-        run(config)
-    except KeyboardInterrupt:
-        sys.exit(130)  # the launcher says it
-    except OpdError as error:
-        if dist.get_rank() == 0:
-            for line in str(error).splitlines():
-                sys.stderr.write(f"opd: {line}\n")
-        sys.exit(error.exit_code)
-    finally:
-        dist.destroy_process_group()
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            sys.exit(1)
+
+
+def _meeting_place() -> Store:
+    from torch.distributed import TCPStore
+
+    where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return TCPStore(*where, is_master=False, wait_for_workers=False, timeout=timedelta(minutes=10))
+
+
+def _end_with_the_others(store: Store, failed: str) -> None:
+    """Where ranks are on several machines, nobody else ends this one, which may wait in a collective for hours."""
+    while True:
+        time.sleep(1)
+        try:
+            is_over = store.check([failed])
+        except RuntimeError:  # whoever started the first rank is gone
+            is_over = True
+        if is_over:
+            os._exit(GONE)
 
 
 if __name__ == "__main__":

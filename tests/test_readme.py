@@ -18,6 +18,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 BASH = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL)).replace("\\\n", " ")
 COMMANDS = [line.split("#")[0].strip() for line in BASH.splitlines() if line.startswith("python -m opd")]
 ON_GPU = re.compile(r"hardware=(h100|a800)")
+MINUTES = re.compile(r"opd -m|opd\.compare|hardware=laptop")  # several runs each, of what is tested elsewhere
 SMALL = ["train.max_steps=1", "train.batch_size=4", "data.eval_prompts=4", "train.eval_every_steps=0"]
 SMALL_WALK = ["model.student.recipe.steps=2", "model.teacher.recipe.steps=2", "train.warmup_steps=0"]
 
@@ -50,7 +51,10 @@ def test_the_readme_has_commands_for_the_cpu_and_stays_short():
     assert "make demo" in "\n".join(README.splitlines()[:15])
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param(command, marks=pytest.mark.slow) if MINUTES.search(command) else command for command in COMMANDS],
+)
 def test_a_command_of_the_readme_runs(command, workplace):
     _, _, module, *words = command.replace("…", "rows.jsonl").split()
     if module == "opd.compare":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import platform
 import subprocess
@@ -12,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+SNAPSHOT = "snapshot.json"  # beside a copy of the package: what `code` said of the original
 _PACKAGES = (
     "opd",
     "torch",
@@ -36,7 +38,7 @@ def provenance(*, seed: int, models: dict[str, str | None], data: dict[str, str]
     return {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join([Path(sys.executable).name, "-m", "opd", *sys.argv[1:]]),
-        "code": _code(),
+        "code": code(),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
         "hardware": _hardware(),
         "seeds": {"run.seed": seed},
@@ -81,7 +83,12 @@ def folder_hash(path: Path) -> dict[str, str] | str:
     return {file.name: file_hash(file) for file in sorted(path.iterdir()) if file.is_file()}
 
 
-def _code() -> dict[str, Any]:
+def code() -> dict[str, Any]:
+    """Git's commit of the package, and whether something was changed since; None where git does not know it."""
+    snapshot = Path(__file__).resolve().parents[2] / SNAPSHOT
+    if snapshot.is_file():
+        return json.loads(snapshot.read_text(encoding="utf-8"))
+
     def git(*words: str) -> str | None:
         command = ["git", "-C", str(Path(__file__).parent), *words]
         done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import yaml
 from filelock import BaseFileLock, FileLock, Timeout
 
 from opd.config import Config
-from opd.errors import ConfigError, RunError
+from opd.errors import ConfigError, FinishedError, RunError
 
 log = logging.getLogger("opd")
 
@@ -23,9 +24,10 @@ _FREE = {("run", "resume"), ("run", "dir"), ("run", "preflight"), ("tracking",),
 
 
 RANK_LOGS = ".ranks"  # where the launcher keeps what each rank printed; it is there before the run is
+SLURM = ".slurm"  # what was submitted to Slurm for it, with the logs
 STAGES = "stages.json"  # the stages that were made for the run, which may be before it begins
 _LOCK = ".lock"  # held by the process that writes
-_BEFORE = (RANK_LOGS, STAGES, _LOCK, ".config.yaml.partial")  # what may be there before config.yaml is
+_BEFORE = (RANK_LOGS, SLURM, STAGES, _LOCK, ".config.yaml.partial")  # what may be there before config.yaml is
 
 
 class RunFolder:
@@ -58,9 +60,12 @@ class RunFolder:
         theirs = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
         differing = _differences(theirs, self._config.model_dump(mode="json"))
         if differing:
-            raise ConfigError(f"{key}: holds a run of another config ({differing}); choose another folder")
+            remedy = "choose another folder"
+            if re.search(r"hardware\.(nodes|processes_per_node|sharding)", differing):
+                remedy += "; checkpoints belong to the number of processes and the sharding that saved them"
+            raise ConfigError(f"{key}: holds a run of another config ({differing}); {remedy}")
         if self.finished:
-            raise ConfigError(
+            raise FinishedError(
                 f"{key}: holds a finished run; choose another run.dir (its report: {self.path / 'report.html'})"
             )
         self.continues = True

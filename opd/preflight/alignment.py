@@ -13,6 +13,7 @@ from opd.objectives.fused import final_logits, tiles
 from opd.preflight.findings import Finding
 from opd.preflight.trial import Engine, Trial
 from opd.protocols import Batch, Dense, Layout, Scores, TokenSequence, TokenView
+from opd.teachers import asked_unevenly
 from opd.window import Window
 
 Score = Callable[[Layout, Sequence[TokenSequence]], Tensor]
@@ -43,7 +44,8 @@ def check_alignment(trial: Trial, engine: Engine, window: Window) -> Iterator[Fi
             with torch.no_grad():
                 return _rows(teacher.score(layout, about))
 
-        yield from _probe(trial, f"teacher {name}", name, sequences, scores)
+        with asked_unevenly([teacher]):
+            yield from _probe(trial, f"teacher {name}", name, sequences, scores)
     yield from _check_logprobs(trial, engine, window)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 
 import torch
@@ -13,6 +13,8 @@ from opd.preflight.findings import Finding
 from opd.preflight.stand_ins import Remembering
 from opd.preflight.trial import Engine, Step, Trial
 from opd.protocols import Dense
+from opd.sharding import local
+from opd.teachers import asked_unevenly
 from opd.window import Window
 
 _FIRST_STEP = 0.02  # of the length of the weights
@@ -28,9 +30,11 @@ class Displacement:
 
     def __init__(self, trial: Trial, step: Step, fixed: Set[int] = frozenset()) -> None:
         pairs = zip(trial.trained, step.gradient, strict=True)
-        self._moving = [(trial.numbers_of(p), gradient) for (_, p), gradient in pairs if p.data_ptr() not in fixed]
-        self.squared = sum(float(gradient.double().square().sum()) for _, gradient in self._moving)
-        size = sum(float(numbers.double().square().sum()) for numbers, _ in self._moving)
+        self._moving = [
+            (trial.numbers_of(p), gradient) for (_, p), gradient in pairs if local(p).data_ptr() not in fixed
+        ]
+        self.squared = trial.over_ranks(_squared([gradient for _, gradient in self._moving]))
+        size = trial.over_ranks(_squared([numbers for numbers, _ in self._moving]))
         self.unit = (size / self.squared) ** 0.5 if self.squared else 0.0  # rate that moves by the weights' own length
 
     @contextmanager
@@ -44,6 +48,10 @@ class Displacement:
         finally:
             for (numbers, _), old in zip(self._moving, kept, strict=True):
                 numbers.copy_(old)
+
+
+def _squared(tensors: Sequence[Tensor]) -> float:
+    return sum(float(tensor.double().square().sum()) for tensor in tensors)
 
 
 def check_descent(
@@ -86,11 +94,12 @@ def check_descent(
 def check_still(trial: Trial, window: Window, step: Step) -> Iterator[Finding]:
     """Teachers with weights of their own score the same after the student has moved."""
     displacement = Displacement(trial, step)
-    if not displacement.squared:
-        return
-    before = _scores(trial, window)
-    with displacement.by(-_FIRST_STEP * displacement.unit):
-        after = _scores(trial, window)
+    with asked_unevenly(trial.teachers.values()):
+        if not displacement.squared:
+            return
+        before = _scores(trial, window)
+        with displacement.by(-_FIRST_STEP * displacement.unit):
+            after = _scores(trial, window)
     for name, scores in before.items():
         if not torch.allclose(scores, after[name], rtol=1e-3, atol=1e-3 * float(scores.abs().max())):
             yield Finding(

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from opd.errors import OpdError
+from opd.errors import PreflightError
 
 Severity = Literal["error", "warning", "note"]
 
@@ -34,12 +34,6 @@ class Finding:
     def record(self) -> dict[str, Any]:
         """Ready for JSON."""
         return asdict(self)
-
-
-class PreflightError(OpdError):
-    """The checks found an error; the message is the list, one line each."""
-
-    exit_code = 3
 
 
 def errors_of(findings: Iterable[Finding]) -> list[Finding]:

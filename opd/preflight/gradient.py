@@ -25,6 +25,7 @@ from opd.preflight.trial import Engine, Step, Trial
 from opd.preflight.untouched import as_it_was, undisturbed_randomness, without_dropout
 from opd.preflight.weights import check_frozen, check_trained, check_unchanged, fingerprints
 from opd.protocols import Method
+from opd.sharding import gathered
 from opd.sources import SequenceSource
 from opd.teachers import SelfTeacher, Teacher
 from opd.window import Window
@@ -105,9 +106,11 @@ def _tried(trial: Trial) -> Iterator[Finding]:
         yield from check_still(trial, window, step)
         yield from check_direction(trial, engine, window, step)
         yield from check_credit(trial, window)
-        yield from check_alignment(trial, engine, window)
-    yield from check_rollouts(trial, window)
-    yield from check_sampler(trial, window)
+        with gathered(trial.student):
+            yield from check_alignment(trial, engine, window)
+    with gathered(trial.student):
+        yield from check_rollouts(trial, window)
+        yield from check_sampler(trial, window)
     yield from _check_temperatures(trial, step)
     yield from _check_beta(trial, step)
 
@@ -141,8 +144,8 @@ def _check_counts(trial: Trial, window: Window, step: Step) -> Iterator[Finding]
         prefix = "" if kind is None else f"{kind}_"
         counts |= {f"{prefix}tokens": both[0], f"{prefix}loss_tokens": both[1]}
     wrong = [name for name, count in counts.items() if abs(count - window.counts[name]) > 1e-6 * count]
-    expected = sum(weight * made / (counts[name] or math.inf) for made, name, weight in step.terms)
-    size = sum(abs(weight * made) / (counts[name] or math.inf) for made, name, weight in step.terms)
+    shares = [weight * made / (counts[name] or math.inf) for made, name, weight in step.terms]
+    expected, size = trial.over_ranks(sum(shares)), trial.over_ranks(sum(map(abs, shares)))
     if wrong or abs(expected - step.loss) > (1e-4 if trial.exact else 1e-2) * size:
         told = ", ".join(f"{name} {window.counts[name]:g} instead of {counts[name]:g}" for name in wrong)
         yield Finding(

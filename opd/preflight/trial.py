@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,11 +15,13 @@ from torch import Tensor
 from opd import distributed
 from opd.config import Config
 from opd.data.files import FileExamples
+from opd.errors import RunError
 from opd.loading import Texts
 from opd.model_loading import device_of
 from opd.models import computing
 from opd.preflight.untouched import as_it_was
 from opd.protocols import Batch, Example, ExampleSet, Method, Needs, TokenSequence
+from opd.sharding import is_sharded, local
 from opd.sources import SequenceSource
 from opd.teachers import LocalTeacher, Teacher
 from opd.trainer import DistillationTrainer
@@ -28,16 +31,18 @@ _PROMPTS = 4  # of a rank; 2 where they are long
 _COMPLETION_TOKENS = 32  # of a rollout
 _LOOKED_THROUGH, _SHORT = 64, 1024  # rows, for some of at most so many tokens
 _ROOM = 8192  # tokens of a micro-batch, where the run's own may be as large; and at least one row
+_STATES = ("none", "zero", "finite", "not finite")  # of a gradient; of parts, the whole's is the last of theirs
 _SAMPLED = 50_000_000  # numbers of a gradient that are looked at, spread over all trainable weights
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimizer step was made of on this rank.
+    """What one optimizer step was made of on this rank; with a student in shards loss and gradient are all ranks'.
 
     `loss` is this rank's share, nats; `gradient` every stride-th number of each trainable weight's; `gradients` says of
     each of these weights whether its whole gradient is "finite", "zero", "none" or "not finite". `terms` are (sum, name
-    of its count, weight) of every micro-batch, and `metrics` the method's own (numerator, denominator), summed.
+    of its count, weight) of every micro-batch, and `metrics` the method's own (numerator, denominator), summed; both
+    always are this rank's. `in_shards`: `gradient` is this rank's part of that of all.
     """
 
     loss: float
@@ -45,15 +50,20 @@ class Step:
     gradients: dict[str, str]
     terms: list[tuple[float, str, float]]
     metrics: dict[str, tuple[float, float]]
+    in_shards: bool = False
 
-    @property
+    @cached_property
     def norm(self) -> float:
-        """Length of the gradient's sample."""
-        return _norm(self.gradient)
+        """Length of the gradient's sample. Collective where it lies in shards."""
+        return self._norm(self.gradient)
 
     def distance(self, other: Step) -> float:
-        """‖mine - other's‖."""
-        return _norm([one - two for one, two in zip(self.gradient, other.gradient, strict=True)])
+        """‖mine - other's‖. Collective where they lie in shards."""
+        return self._norm([one - two for one, two in zip(self.gradient, other.gradient, strict=True)])
+
+    def _norm(self, tensors: Sequence[Tensor]) -> float:
+        squared = sum(float(tensor.double().square().sum()) for tensor in tensors)
+        return (_over_ranks(squared) if self.in_shards else squared) ** 0.5
 
 
 class Replay:
@@ -97,6 +107,9 @@ class Trial:
         self.stride = -(-sum(p.numel() for _, p in self.trained) // _SAMPLED) | 1  # odd: no multiple of a width
         models = [student, *(teacher.model for teacher in self.teachers.values() if isinstance(teacher, LocalTeacher))]
         dtypes = {p.dtype for model in models for p in model.parameters()}  # quantized weights are integers
+        self.in_shards = is_sharded(student)
+        asked = self.teachers.values()
+        self.is_collective = self.in_shards or any(teacher.sharded_model is not None for teacher in asked)
         self.exact = config.hardware.precision == "fp32" and dtypes <= {torch.float32, torch.float64}
 
     @contextmanager
@@ -114,8 +127,12 @@ class Trial:
         return Batches(config, self.method, vocabulary=self.texts.vocabulary, device=device_of(config))
 
     def numbers_of(self, parameter: Tensor) -> Tensor:
-        """Every stride-th number of a weight or its gradient, (n,), a view of it."""
-        return parameter.detach().view(-1)[:: self.stride]
+        """Every stride-th number of a weight or its gradient, or of this rank's part of it, (n,), a view of it."""
+        return local(parameter).detach().view(-1)[:: self.stride]
+
+    def over_ranks(self, value: float) -> float:
+        """The sum over all ranks where the student lies in shards, whose gradient is that of all; or else the value."""
+        return _over_ranks(value) if self.in_shards else value
 
     def prompts(self) -> list[tuple[int, Example]]:
         """This rank's numbered prompts of the first step."""
@@ -163,33 +180,51 @@ class Engine:
         """The gradient of this window, accumulated as training does. Raises RunError if the loss is not finite."""
         self._trainer.window = window
         self._trainer.current_gradient_accumulation_steps = len(window.batches)
+        if self._trial.is_collective:  # a rank that stopped alone would leave the others waiting
+            self._refuse_infinite(window)
         self._terms, self._metrics = [], {}
         self._drop_gradients()
         loss = sum(float(self._trainer.training_step(self._model, _inputs(batch))) for batch in window.batches)
         scaler = self._trainer.accelerator.scaler
-        ranks = distributed.world_size()  # a reducer would average what the loss is multiplied by for it
-        scale = ranks * (1.0 if scaler is None else scaler.get_scale())
+        ranks, in_shards = distributed.world_size(), self._trial.in_shards
+        # What the loss is multiplied by a reducer would average away; shards are averaged already.
+        scale = (1 if in_shards else ranks) * (1.0 if scaler is None else scaler.get_scale())
+        states = [_state(parameter.grad) for _, parameter in self._trial.trained]
+        if in_shards:
+            states = distributed.maximum(torch.tensor(states)).tolist()
         made = Step(
-            loss / ranks,
+            self._trial.over_ranks(loss / ranks),
             [self._sample(parameter) / scale for _, parameter in self._trial.trained],
-            {name: _state(parameter.grad) for name, parameter in self._trial.trained},
+            {name: _STATES[state] for (name, _), state in zip(self._trial.trained, states, strict=True)},
             self._terms,
             self._metrics,
+            in_shards,
         )
         self._drop_gradients()
         return made
 
     def loss(self, window: Window) -> float:
-        """This rank's share of the window's loss."""
+        """The window's loss, as Step.loss has it."""
         self._trainer.window = window
         with torch.no_grad():
             shares = [float(self._trainer.compute_loss(self._model, _inputs(batch))) for batch in window.batches]
-        return sum(shares) / distributed.world_size()
+        return self._trial.over_ranks(sum(shares) / distributed.world_size())
 
     def student_logprobs(self, batch: Batch, temperature: float) -> Tensor:
         """log π(targets[n]) as a window has it, (N,)."""
         with computing(self._trial.config.hardware):
             return self._trainer._student_logprobs(batch.layout, temperature)
+
+    def _refuse_infinite(self, window: Window) -> None:
+        refused = []
+        with torch.no_grad():
+            for batch in window.batches:
+                try:
+                    self._trainer.compute_loss(self._model, _inputs(batch))
+                except RunError as error:
+                    refused.append(error)
+        if float(distributed.maximum(torch.tensor(float(len(refused))))):
+            raise refused[0] if refused else RunError("the loss of another rank is not finite")
 
     def _sample(self, parameter: Tensor) -> Tensor:
         if parameter.grad is None:
@@ -250,6 +285,7 @@ def _small(config: Config, needs: Needs, examples: ExampleSet, folder: str) -> C
             "save_every_epoch": False,
         },
         rollout={"max_completion_tokens": limit},
+        hardware={"sharding": "ddp"},  # of a student that lies in shards already; ZeRO's would begin with the training
     )
 
 
@@ -272,13 +308,13 @@ def _inputs(batch: Batch) -> dict[str, Batch]:
     return {"batch": replace(batch, token_scores=dict(batch.token_scores))}
 
 
-def _state(gradient: Tensor | None) -> str:
+def _state(gradient: Tensor | None) -> int:
+    """Which of _STATES."""
     if gradient is None:
-        return "none"
-    if not torch.isfinite(gradient).all():
-        return "not finite"
-    return "finite" if gradient.any() else "zero"
+        return 0
+    part = local(gradient)
+    return 3 if not torch.isfinite(part).all() else 2 if part.any() else 1
 
 
-def _norm(tensors: Sequence[Tensor]) -> float:
-    return sum(float(tensor.double().square().sum()) for tensor in tensors) ** 0.5
+def _over_ranks(value: float) -> float:
+    return float(distributed.total(torch.tensor(value, dtype=torch.float64)))

@@ -14,6 +14,7 @@ from opd.errors import OpdError
 from opd.models import causal_lm
 from opd.preflight.findings import Finding
 from opd.preflight.trial import Step
+from opd.sharding import local
 from opd.teachers import LocalTeacher, Teacher
 from opd.tokenizers import read_shape
 
@@ -125,11 +126,12 @@ def _check_width(config: Config, name: str, module: nn.Module) -> Iterator[Findi
     except (OpdError, OSError):
         return  # made in memory
     found: Any = module.get_input_embeddings()  # type: ignore[operator]
-    if len(found.weight) != wanted:
+    rows = found.num_embeddings  # the table itself may lie in shards
+    if rows != wanted:
         yield Finding(
             "gradient.teacher_unchanged",
             "error",
-            f"teacher {name}: its embedding table has {len(found.weight)} rows, {path} has {wanted}",
+            f"teacher {name}: its embedding table has {rows} rows, {path} has {wanted}",
             "it was resized after loading: rows were invented or cut",
             "do not resize teachers; only ids that both models have are compared",
         )
@@ -167,7 +169,8 @@ def _modules(student: Any, teacher: Teacher) -> list[nn.Module]:
 
 
 def _fingerprint(tensor: Tensor) -> str:
-    flat = tensor.detach().reshape(-1)
+    tensor = local(tensor).detach()  # the whole of a sharded one may come and go
+    flat = tensor.reshape(-1)
     flat = flat[:: max(1, flat.numel() // _HASHED)].contiguous().cpu()
     digest = hashlib.blake2b(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"", digest_size=8)
     return f"{tuple(tensor.shape)} {tensor.dtype} {digest.hexdigest()}"

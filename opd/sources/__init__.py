@@ -40,7 +40,7 @@ class SequenceSource:
     ) -> None:
         self._method, self._needs = method, method.needs
         self._models = {"student": student, "teacher": teacher, "mixture": student}
-        if self._needs.teacher_share:
+        if self._needs.teacher_share and student is not None:
             self._models["mixture"] = Mixture(student, teacher, self._needs.teacher_share)
         self._sampling, self._vocabulary = sampling, vocabulary
         self._group_size, self._seed, self._text_views = group_size, seed, text_views
@@ -116,10 +116,11 @@ class SequenceSource:
         return made
 
     def _sample(self, origin: str, slots: Sequence[Slot]) -> list[Completion]:
-        if not slots:
+        model = self._models[origin]
+        if model is None:  # nobody is asked, on any rank
             return []
         return sample(
-            self._models[origin],
+            model,
             [example.prompt_ids for _, _, _, example in slots],
             addresses=[(self._seed, f"{origin}_rollout", number, member) for number, member, _, _ in slots],
             sampling=self._sampling,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,8 +16,10 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from opd.config import Rollout
+from opd.lockstep import in_step
 from opd.models import causal_lm, evaluation_mode
 from opd.randomness import generator
+from opd.sharding import communicates
 from opd.tokenizers import Vocabulary
 
 
@@ -63,19 +66,32 @@ def sample(
     sampling: Sampling,
     vocabulary: Vocabulary,
 ) -> list[Completion]:
-    """One completion a prompt, in the order of the prompts. `addresses[i]` = (seed, purpose, *numbers) of prompt i."""
+    """One completion a prompt, in the order of the prompts. `addresses[i]` = (seed, purpose, *numbers) of prompt i.
+
+    With a sharded model it is collective: a rank with fewer prompts, none, or shorter completions takes part until all
+    are done.
+    """
     mixed = model if isinstance(model, Mixture) else Mixture(model, model, 0.0)
     models = [(causal_lm(mixed.student), 1 - mixed.share)]
     models += [(causal_lm(mixed.teacher), mixed.share)] if mixed.share else []
+    together = [(each, partial(_accompany, each)) for each, _ in models if communicates(each)]
+    if not prompts and not together:
+        return []
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     completions: dict[int, Completion] = {}
-    with evaluation_mode(models[0][0]):  # a teacher is in it already
+    with evaluation_mode(models[0][0]), in_step(*together):  # a teacher is in it already
         for start in range(0, len(order), sampling.batch_size):
             chosen = order[start : start + sampling.batch_size]
             uniforms = np.stack([generator(*addresses[i]).random(sampling.max_completion_tokens) for i in chosen])
             batch = _sample_batch(models, [prompts[i] for i in chosen], uniforms, sampling, vocabulary)
             completions.update(zip(chosen, batch, strict=True))
     return [completions[i] for i in range(len(prompts))]
+
+
+def _accompany(model: PreTrainedModel) -> None:
+    """Take part in another rank's next token."""
+    ids = torch.zeros((1, 1), dtype=torch.long, device=model.device)
+    model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, logits_to_keep=1)
 
 
 def _sample_batch(

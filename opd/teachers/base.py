@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
+from opd.lockstep import in_step
 from opd.protocols import Batch, Dense, Layout, Needs, Scores, Sparse, TokenSequence
 
 
@@ -29,6 +33,11 @@ class Teacher(ABC):
     def logprobs(self, layout: Layout, sequences: Sequence[TokenSequence], *, temperature: float = 1.0) -> Tensor:
         """log p(targets[n]) in nats of the logits divided by `temperature`, (N,)."""
 
+    @property
+    def sharded_model(self) -> Any:
+        """The model whose forwards every rank has to take part in when it is asked; None: there is no such model."""
+        return None
+
     def after_step(self) -> None:  # noqa: B027  most teachers stay as they are
         """Hear that the student's weights have changed."""
 
@@ -37,6 +46,18 @@ class Teacher(ABC):
 
     def load(self, folder: Path) -> None:  # noqa: B027
         """Take it up from there."""
+
+
+def asked_unevenly(teachers: Iterable[Teacher]) -> AbstractContextManager[None]:
+    """Inside, a rank with fewer rows than others may ask sharded teachers less often; see opd.lockstep.in_step."""
+    sharded = {id(teacher): (model, teacher) for teacher in teachers if (model := teacher.sharded_model) is not None}
+    return in_step(*((model, partial(_accompany, teacher, model.device)) for model, teacher in sharded.values()))
+
+
+def _accompany(teacher: Teacher, device: torch.device) -> None:
+    """Take part in another rank's asking, of a single token."""
+    token = torch.zeros(1, dtype=torch.long, device=device)
+    teacher.score(Layout(token[None], torch.ones_like(token)[None], None, token, token, token), [])
 
 
 def ask_teachers(needs: Needs, teachers: Mapping[str, Teacher], batch: Batch) -> dict[str, Scores]:

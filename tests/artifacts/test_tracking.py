@@ -119,6 +119,7 @@ def test_the_event_files_of_tensorboard_hold_every_value_of_the_metrics_file(inp
     assert_same_in_single_precision(tensorboard_curve(folder), told(folder))
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_its_curve_whatever_the_tracker(inputs, tmp_path):
     """Killed between two checkpoints, so steps are made again; and tracked elsewhere in its second session."""
     folder = tmp_path / "run"

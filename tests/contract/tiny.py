@@ -20,9 +20,11 @@ from opd.config import Config
 from opd.data import DataSet
 from opd.loading import Texts
 from opd.methods import METHODS
+from opd.model_loading import shard_student
 from opd.models import disable_dropout, freeze
 from opd.precompute import keep_logprobs, make_scores
 from opd.protocols import Example, Method, Needs, TeacherNeed, TokenSequence
+from opd.sharding import whole
 from opd.sources import Sampling, SequenceSource
 from opd.sources.text_views import TextViews
 from opd.teachers import CachedTeacher, LocalTeacher, SelfTeacher, Teacher
@@ -194,7 +196,7 @@ class Listener(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         named = kwargs["model"].named_parameters()
         self._told.gradients.append(
-            {name.removeprefix("module."): p.grad.detach().clone() for name, p in named if p.grad is not None}
+            {name.removeprefix("module."): whole(p.grad.detach()).clone() for name, p in named if p.grad is not None}
         )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -287,7 +289,7 @@ def make_trainer(
     theirs = (tokenizer or teacher_tokenizer()) if alignment is not None else student_tokenizer()
     method.prepare(student_tokenizer(), theirs)
     if alignment is not None:
-        width = models["teacher"].get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
+        width = models["teacher"].get_input_embeddings().num_embeddings  # type: ignore[union-attr]
         teacher_vocabulary = Vocabulary(width, frozenset({theirs.eos_token_id}), theirs.pad_token_id)
         text_views = TextViews(
             student_tokenizer(),
@@ -316,6 +318,7 @@ def make_trainer(
     data = DataSet(rows, rows[:6], lambda example, text, finished: {})
     texts = Texts(student_tokenizer(), vocabulary, data, teacher_vocabulary, text_views)
     teachers = keep(config, method, texts, WholeAndEmpty(method, **settings), student, models)
+    shard_student(config, student, teachers.values())
     told = Told(student=student, teachers=teachers, source=source)
 
     def on_step(step: int, metrics: dict[str, float], window: Window) -> None:

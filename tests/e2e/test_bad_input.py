@@ -310,14 +310,6 @@ def test_a_walk_without_what_the_method_needs_is_refused_before_its_models_are_m
     assert not snapshot(Path())
 
 
-def test_a_process_that_torchrun_started_is_refused(place, monkeypatch):
-    monkeypatch.setenv("RANK", "0")
-    answer = call(*place.words())
-    assert answer.code == 2
-    names(answer.lines, [("RANK=0: opd starts its own ranks", "without torchrun")])
-    assert not place.run.exists()
-
-
 @pytest.fixture(scope="module")
 def finished_run(tmp_path_factory, student, teacher, rows):
     folder = tmp_path_factory.mktemp("finished") / "run"

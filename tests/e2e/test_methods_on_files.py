@@ -106,7 +106,7 @@ def test_the_sanity_check_takes_a_hundred_rows_and_says_so(tmp_path, student):
     assert "100 train" in log
 
 
-@pytest.mark.parametrize("lora", [(), (LORA,)])
+@pytest.mark.parametrize("lora", [pytest.param((), marks=pytest.mark.slow), (LORA,)])
 def test_training_goes_on_from_a_checkpoint_named_as_the_model(tmp_path, pairs, dpo, lora):
     words = ("train.save_every_steps=1", "train.learning_rate=0.02", *lora)
     first = dpo("first", *words)
@@ -146,7 +146,9 @@ def test_an_adapter_goes_on_with_its_own_settings_and_others_are_refused(tmp_pat
     assert answer.lines == [told + "set model.student.lora to null"]
 
 
-@pytest.mark.parametrize("lora", [LORA, LORA.replace("dropout:0.0", "dropout:0.5")])
+@pytest.mark.parametrize(
+    "lora", [pytest.param(LORA, marks=pytest.mark.slow), LORA.replace("dropout:0.0", "dropout:0.5")]
+)
 def test_the_reference_of_an_adapter_is_the_model_without_it_until_the_end(dpo, lora, student, pairs):
     folder = dpo("run", lora, "train.learning_rate=0.05", "method.beta=1.0")
     end, before = read_metrics(folder)[-1], read_metrics(folder)[0]
@@ -220,8 +222,8 @@ def privileged_rows(tmp_path_factory):
     "more",
     [
         (),
-        ("method.teacher_mode=initial", LORA),
-        ("method.teacher_mode=ema", "train.save_every_steps=1"),
+        pytest.param(("method.teacher_mode=initial", LORA), marks=pytest.mark.slow),
+        pytest.param(("method.teacher_mode=ema", "train.save_every_steps=1"), marks=pytest.mark.slow),
         ("method.teacher_mode=ema", "train.save_every_steps=1", LORA),
     ],
 )
@@ -239,8 +241,20 @@ def test_opsd_learns_from_rows_with_privileged_messages(tmp_path, privileged_row
         assert all("lora_" in name for name in kept) == (LORA in more)
 
 
-@pytest.mark.parametrize("lora", [(), (LORA.replace("dropout:0.0", "dropout:0.5"),)])
-@pytest.mark.parametrize("method", ["dpo", "opsd-initial", "opsd-ema"])
+_DROPOUT = (LORA.replace("dropout:0.0", "dropout:0.5"),)
+
+
+@pytest.mark.parametrize(
+    ("method", "lora"),
+    [
+        ("dpo", ()),
+        ("opsd-ema", _DROPOUT),
+        *(
+            pytest.param(*pair, marks=pytest.mark.slow)
+            for pair in (("dpo", _DROPOUT), ("opsd-ema", ()), ("opsd-initial", ()), ("opsd-initial", _DROPOUT))
+        ),
+    ],
+)
 def test_a_resumed_run_has_the_teacher_that_the_whole_run_had(tmp_path, pairs, privileged_rows, student, method, lora):
     """The reference is the student before training, not of the checkpoint; the average is that of the checkpoint."""
     words = ("train.max_steps=4", "train.save_every_steps=2", "train.learning_rate=0.02", *lora)
@@ -276,7 +290,14 @@ def stranger(tmp_path_factory):
     return build_model(tmp_path_factory.mktemp("stranger") / "model", "llama", width=300, seed=3, tokenizer=tokenizer)
 
 
-@pytest.mark.parametrize("more", [(), ("method.hybrid=true", "method.lmbda=0"), ("method.extended=false",)])
+@pytest.mark.parametrize(
+    "more",
+    [
+        (),
+        pytest.param(("method.hybrid=true", "method.lmbda=0"), marks=pytest.mark.slow),
+        pytest.param(("method.extended=false",), marks=pytest.mark.slow),
+    ],
+)
 def test_gold_learns_from_a_teacher_with_another_tokenizer_and_template(tmp_path, rows, student, stranger, more):
     words = file_run(tmp_path / "run", rows, student, stranger, "method=gold", *more, "train.warmup_steps=0")
     folder = run(tmp_path / "run", words)

@@ -11,10 +11,12 @@ from e2e.model_folders import build_model, build_tokenizer, file_run
 from e2e.pair_rows import LORA, read_metrics
 from e2e.test_files import check_run
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "opt", "gpt_neox")
+ELSEWHERE = ("llama", "mistral", "qwen2", "gpt2")  # other tests of the default suite train these
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", ["qwen3", "opt", "gpt_neox", *(pytest.param(name, marks=pytest.mark.slow) for name in ELSEWHERE)]
+)
 def test_a_family_takes_on_policy_steps_towards_a_teacher(tmp_path, rows, family):
     student, teacher = build_model(tmp_path / "student", family), build_model(tmp_path / "teacher", family, seed=1)
     words = file_run(tmp_path / "run", rows, student, teacher, "method.lmbda=1", "train.learning_rate=0.01")
@@ -24,7 +26,9 @@ def test_a_family_takes_on_policy_steps_towards_a_teacher(tmp_path, rows, family
     assert 0 < result["after"]["reverse_kl"] != result["before"]["reverse_kl"]
 
 
-@pytest.mark.parametrize("family", ["gpt2", "opt", "qwen3"])
+@pytest.mark.parametrize(
+    "family", [pytest.param("gpt2", marks=pytest.mark.slow), pytest.param("opt", marks=pytest.mark.slow), "qwen3"]
+)
 def test_a_family_takes_an_adapter_with_gradient_checkpointing(tmp_path, rows, family):
     student, teacher = build_model(tmp_path / "student", family), build_model(tmp_path / "teacher", family, seed=1)
     more = (LORA, "train.learning_rate=0.01", "train.warmup_steps=0", "method.lmbda=1")
@@ -62,7 +66,11 @@ def test_a_tokenizer_of_the_same_size_with_other_tokens_is_refused(tmp_path, row
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("more", [("method=sft",), ("method.lmbda=0", "method.seq_kd=true")], ids=" ".join)
+@pytest.mark.parametrize(
+    "more",
+    [pytest.param(("method=sft",), marks=pytest.mark.slow), ("method.lmbda=0", "method.seq_kd=true")],
+    ids=" ".join,
+)
 def test_a_student_with_an_adapter_and_its_own_base_as_teacher_is_measured_by_it(tmp_path, rows, student, more):
     """The run says what the same run says with the base loaded twice. Learning from itself leaves the divergence at 0."""
     import shutil

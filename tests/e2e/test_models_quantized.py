@@ -14,6 +14,7 @@ from e2e.test_files import check_run
 pytest.importorskip("bitsandbytes")
 
 BITS = ("8bit", "4bit")
+ONE_QUICKLY = [pytest.param("8bit", marks=pytest.mark.slow), "4bit"]
 STEADY = ("train.warmup_steps=0", "train.lr_scheduler=constant", "train.learning_rate=0.02")
 LEARNING = (LORA, "method.lmbda=1", "run.preflight=off", *STEADY)
 
@@ -67,7 +68,7 @@ def test_a_quantized_student_learns_on_its_rollouts(tmp_path, rows, student, bol
     assert "quantization_config" not in json.loads((tmp_path / "run" / "final_model" / "config.json").read_text())
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", ONE_QUICKLY)
 def test_a_resumed_quantized_run_is_the_whole_one(tmp_path, rows, student, bold_teacher, bits):
     more = (*LEARNING, quantized(bits), "train.max_steps=4", "train.save_every_steps=2")
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
@@ -79,7 +80,7 @@ def test_a_resumed_quantized_run_is_the_whole_one(tmp_path, rows, student, bold_
     assert [record for record in read_metrics(resumed) if record["step"] > 2] == wanted
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", ONE_QUICKLY)
 def test_the_reference_of_a_quantized_student_is_where_it_began(tmp_path, student, bits):
     """The base with a new adapter off, or a copy of the student where its adapter goes on."""
     pairs, more = write_pairs(tmp_path / "pairs.jsonl"), ("method=dpo", quantized(bits), "train.learning_rate=0.02")

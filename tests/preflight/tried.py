@@ -16,6 +16,7 @@ from opd.models import add_lora, causal_lm
 from opd.preflight import Finding
 from opd.preflight.gradient import check_gradient
 from opd.protocols import Example
+from opd.sharding import is_sharded
 
 ADAPTER = LoRA(r=2, alpha=4, dropout=0.1, targets="all-linear")
 NAMED = {str(variant): variant for variant in ALL_VARIANTS}
@@ -40,7 +41,9 @@ def find(
     spoil(student)
     rows = make_examples() if examples is None else list(examples)
     trainer, told = make_trainer(config, student=student, models=models, examples=rows)
-    vars(causal_lm(student)).pop("forward")  # the trainer's: a run is checked before it has one
+    if not is_sharded(student):
+        for name in ("forward", "plain_forward"):  # the trainer's: a run is checked before it has one
+            vars(causal_lm(student)).pop(name)
     method, source = trainer.method, told.source
     needed = [as_needed(example, method.needs) for example in rows]
     data = DataSet(needed, needed[:6], lambda example, text, finished: {})

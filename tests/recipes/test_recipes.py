@@ -79,6 +79,8 @@ def words_of(name: str, models, run: Path) -> list[str]:
     return [
         recipe[0],
         "hardware=cpu_tiny",
+        "hardware.sharding=ddp",
+        "hardware.teacher_placement=local",
         f"run.dir={run}",
         *(f"model.{role}.path={models(path)}" for role, path in paths.items()),
         *small("", raw),
