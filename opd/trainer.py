@@ -22,11 +22,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import SequentialSampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 
 from opd import distributed, zero
-from opd.config import Config, Hardware
-from opd.deepspeed_config import deepspeed_config
+from opd.config import Config
 from opd.errors import ConfigError, RunError
 from opd.model_loading import device_of
 from opd.models import attach_objective, causal_lm, computing, evaluation_mode, read_head, within_forward
@@ -37,6 +36,7 @@ from opd.sharding import gathered, is_sharded, local, whole_state
 from opd.sources import SequenceSource
 from opd.teachers import Teacher, ask_teachers
 from opd.tokenizers import Vocabulary
+from opd.training_arguments import training_arguments
 from opd.window import Window, WindowBuilder
 
 log = logging.getLogger("opd")
@@ -87,7 +87,12 @@ class DistillationTrainer(Trainer):
         tickets = list(range(max_steps * self.windows.num_micro_batches * distributed.world_size()))
         super().__init__(
             model,
-            training_arguments(config, max_steps, self.windows.num_micro_batches, _save_every(config, len(examples))),
+            training_arguments(
+                config,
+                max_steps=max_steps,
+                num_micro_batches=self.windows.num_micro_batches,
+                num_rows=len(examples),
+            ),
             train_dataset=tickets,  # type: ignore[arg-type]
             data_collator=_ticket,
             processing_class=tokenizer,
@@ -377,59 +382,6 @@ def share_of_step(terms: Terms, counts: Mapping[str, float]) -> Tensor:
 def _each(teachers: Mapping[str, Teacher]) -> Iterable[Teacher]:
     """Every teacher once: two names may stand for one."""
     return {id(teacher): teacher for teacher in teachers.values()}.values()
-
-
-def _save_every(config: Config, num_rows: int) -> int:
-    """Steps between checkpoints; 0: none."""
-    train = config.train
-    return -(-num_rows // train.batch_size) if train.save_every_epoch else train.save_every_steps
-
-
-def training_arguments(config: Config, max_steps: int, num_micro_batches: int, save_every: int) -> TrainingArguments:
-    """opd's settings as transformers names them; logging, evaluation and trackers are opd's own."""
-    train, hardware = config.train, config.hardware
-    warmup = train.warmup_steps or math.ceil(train.warmup_ratio * max_steps)
-    schedule = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine_with_min_lr"}
-    arguments = TrainingArguments(
-        output_dir=config.run.dir,
-        seed=config.run.seed % 2**32,
-        max_steps=max_steps,
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=num_micro_batches,
-        learning_rate=train.learning_rate,
-        optim={"adamw": "adamw_torch", "rmsprop": "rmsprop", "sgd": "sgd"}[train.optimizer],
-        adam_beta1=train.adam_betas[0],
-        adam_beta2=train.adam_betas[1],
-        weight_decay=train.weight_decay,
-        lr_scheduler_type=schedule[train.lr_scheduler],
-        lr_scheduler_kwargs={"min_lr_rate": train.min_lr_ratio} if train.lr_scheduler == "cosine" else None,
-        warmup_steps=warmup,
-        max_grad_norm=train.max_grad_norm,
-        logging_steps=train.log_every_steps,
-        logging_nan_inf_filter=False,
-        save_strategy="steps" if save_every else "no",
-        save_steps=save_every or 500,
-        bf16=hardware.precision == "bf16",
-        fp16=hardware.precision == "fp16",
-        use_cpu=hardware.device == "cpu",
-        deepspeed=_zero(hardware),
-        report_to=[],
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-        ddp_find_unused_parameters=False,
-    )
-    if arguments.n_gpu > 1:  # one process uses one GPU: transformers would spread its batches over all it can see
-        arguments._n_gpu = 1
-    return arguments
-
-
-def _zero(hardware: Hardware) -> dict[str, Any] | None:
-    """DeepSpeed's configuration, if the student is trained with it. Its process group is there then."""
-    if not hardware.sharding.startswith("zero"):
-        return None
-    zero.join(hardware)
-    return deepspeed_config(hardware)
 
 
 def _ticket(items: list[int]) -> dict[str, Tensor]:
