@@ -45,6 +45,11 @@ def deepspeed_config(hardware: Hardware) -> dict[str, Any]:
     for name, ours in _FILLED.items():
         if config.setdefault(name, "auto") != "auto":
             raise ConfigError(f'{setting}: {name}={config[name]}: {ours} says it; set it to "auto" in the file')
+    # What is offloaded would be trained by a CPU Adam of DeepSpeed's, compiled first, whatever the optimizer is.
+    if config.setdefault("zero_force_ds_cpu_optimizer", False):
+        raise ConfigError(
+            f"{setting}: zero_force_ds_cpu_optimizer=true would replace train.optimizer; remove it from the file"
+        )
     _set_precision(config, setting, hardware.precision)
     if hardware.sharding == "zero1" and config["bf16"]["enabled"] and config.get("data_types"):
         raise ConfigError(

@@ -44,6 +44,8 @@ def shard(model: Any, key: str, *, hardware: Hardware, trained: bool = True) -> 
         fully_shard(module, mesh=mesh, mp_policy=mixed, reshard_after_forward=True)
     # Which module is the root is otherwise found out by the first forward, which may be a layer's under `gathered`.
     inner._get_fsdp_state()._lazy_init()
+    if not trained:
+        inner.register_forward_hook(lambda *_: _forget_forwards(inner))
 
 
 def is_sharded(model: Any) -> bool:
@@ -156,3 +158,19 @@ def _scatter(model: Any) -> None:
     for group in _groups(model):
         group.set_reshard_after_forward(True, recurse=False)
         group.reshard()
+    _forget_forwards(model)
+
+
+def _forget_forwards(model: Any) -> None:
+    """Let the next backward pass gather ahead for the forwards after this one alone.
+
+    FSDP2 notes every forward, evaluations too, and drops its notes in a backward pass only. Ranks that evaluated
+    unequally many rows would then gather different layers ahead, and wait for each other; and of a frozen model the
+    notes would grow for ever.
+    """
+    for module in _groups(model):
+        state = module._get_fsdp_state()
+        state._comm_ctx.post_forward_order.clear()
+        # Older releases of torch have one group a module.
+        for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]:
+            group._post_forward_indices.clear()

@@ -25,8 +25,9 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback
 
 from opd import distributed, zero
+from opd.artifacts.run_folder import SPENT, ranks_of
 from opd.config import Config
-from opd.errors import ConfigError, RunError
+from opd.errors import RunError
 from opd.model_loading import device_of
 from opd.models import attach_objective, causal_lm, computing, evaluation_mode, read_head, within_forward
 from opd.objectives import token_logprobs
@@ -40,7 +41,6 @@ from opd.training_arguments import training_arguments
 from opd.window import Window, WindowBuilder
 
 log = logging.getLogger("opd")
-_SPENT = "spent.json"  # in a checkpoint: seconds and tokens up to it
 _UNLOGGED = "unlogged-rank{}.json"  # in a checkpoint between two logged steps
 _SCHEDULE = "scheduler.pt"
 _LEDGER = ("student_trained_tokens", "student_sampled_tokens", "teacher_sampled_tokens", "teacher_scored_tokens")
@@ -105,30 +105,14 @@ class DistillationTrainer(Trainer):
     def resume(self, checkpoint: Path | None) -> None:
         """Train to the end, from a checkpoint if there is one."""
         if checkpoint is not None:
-            self.spent = self._read_spent(checkpoint)
+            saved = json.loads((checkpoint / SPENT).read_text(encoding="utf-8"))
+            self.spent = {name: saved[name] for name in self.spent}
             self.windows.load(checkpoint)
             self._read_unlogged(checkpoint)
             for teacher in _each(self.teachers):
                 teacher.load(checkpoint)
         self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         self._refuse_non_finite_weights()
-
-    @property
-    def _layout(self) -> dict[str, Any]:
-        """What a checkpoint of this run can only be read by."""
-        return {"processes": distributed.world_size(), "sharding": self.config.hardware.sharding}
-
-    def _read_spent(self, checkpoint: Path) -> dict[str, Any]:
-        """Seconds and tokens up to the checkpoint. Raises ConfigError if it belongs to other ranks."""
-        spent, mine = json.loads((checkpoint / _SPENT).read_text(encoding="utf-8")), self._layout
-        theirs = {name: spent.pop(name, value) for name, value in mine.items()}
-        if theirs != mine:
-            raise ConfigError(
-                f"run.resume={checkpoint}: was saved by {theirs['processes']} processes with hardware.sharding="
-                f"{theirs['sharding']}, and this run has {mine['processes']} with {mine['sharding']}; a checkpoint "
-                "belongs to the number of processes and the sharding that saved it: continue with those"
-            )
-        return spent
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, Any]:
         """The window of the step that comes next. The data loader only counts; rows are addressed by step."""
@@ -316,8 +300,8 @@ class DistillationTrainer(Trainer):
                 teacher.save(self._staging / name)
             distributed.barrier()
             if self.args.should_save:
-                spent = {**self.spent, **self._layout}
-                (self._staging / name / _SPENT).write_text(json.dumps(spent), encoding="utf-8")
+                spent = {**self.spent, **ranks_of(self.config)}
+                (self._staging / name / SPENT).write_text(json.dumps(spent), encoding="utf-8")
                 _put_in_place(self._staging / name, folder, keep=self.config.train.keep_checkpoints)
         except (OSError, RuntimeError, SafetensorError) as error:
             # torch's writer has no error type of its own for a full disk: its file's name is what they share.

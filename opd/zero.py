@@ -133,7 +133,7 @@ def _without_hooks(model: nn.Module) -> Iterator[None]:
 
 def _offload(model: nn.Module) -> Any:
     """What holds the hooks: the optimizer's part for it, or, of a model that is not trained, all there is."""
-    engine = vars(model)["zero_engine"]
+    engine: Any = model.zero_engine  # also of a student WithoutAdapter, which passes on what it is asked
     return getattr(engine.optimizer, "parameter_offload", engine.optimizer)
 
 

@@ -27,7 +27,13 @@ RANK_LOGS = ".ranks"  # where the launcher keeps what each rank printed; it is t
 SLURM = ".slurm"  # what was submitted to Slurm for it, with the logs
 STAGES = "stages.json"  # the stages that were made for the run, which may be before it begins
 _LOCK = ".lock"  # held by the process that writes
+SPENT = "spent.json"  # in a checkpoint: seconds and tokens up to it, and which ranks it belongs to
 _BEFORE = (RANK_LOGS, SLURM, STAGES, _LOCK, ".config.yaml.partial")  # what may be there before config.yaml is
+
+
+def ranks_of(config: Config) -> dict[str, Any]:
+    """What a checkpoint of this run belongs to: spent.json has it."""
+    return {"processes": config.hardware.world_size, "sharding": config.hardware.sharding}
 
 
 class RunFolder:
@@ -51,6 +57,7 @@ class RunFolder:
             self.checkpoint = Path(resume)
             if not (self.checkpoint / "trainer_state.json").is_file():
                 raise ConfigError(f"run.resume={resume}: not a checkpoint folder (auto, never, or a checkpoint-N)")
+            self._refuse_other_ranks(self.checkpoint)
         if not self.path.exists() or all(e.name in _BEFORE for e in self.path.iterdir()):
             return
         if not (self.path / "config.yaml").is_file():
@@ -71,6 +78,16 @@ class RunFolder:
         self.continues = True
         if self.checkpoint is None:
             self.checkpoint = max(self.path.glob("checkpoint-*"), key=_step, default=None)
+
+    def _refuse_other_ranks(self, checkpoint: Path) -> None:
+        file, mine = checkpoint / SPENT, ranks_of(self._config)
+        theirs = {**mine, **(json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {})}
+        if any(theirs[name] != value for name, value in mine.items()):
+            raise ConfigError(
+                f"run.resume={checkpoint}: was saved by {theirs['processes']} processes with hardware.sharding="
+                f"{theirs['sharding']}, and this run has {mine['processes']} with {mine['sharding']}; a checkpoint "
+                "belongs to the number of processes and the sharding that saved it: continue with those"
+            )
 
     @property
     def finished(self) -> bool:

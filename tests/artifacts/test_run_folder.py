@@ -94,6 +94,16 @@ def test_a_checkpoint_may_have_any_name(tmp_path):
     assert folder.checkpoint == best and folder.resumed_step == 7 and not folder.continues
 
 
+@pytest.mark.parametrize(("processes", "sharding"), [(2, "ddp"), (1, "fsdp2")])
+def test_a_checkpoint_of_other_ranks_is_refused(processes, sharding, tmp_path):
+    saved = checkpoint(tmp_path, 7)
+    (saved / "spent.json").write_text(json.dumps({"processes": processes, "sharding": sharding}))
+    with pytest.raises(ConfigError) as refused:
+        RunFolder(config(tmp_path / "run", f"run.resume={saved}"))
+    found = f"run.resume={saved}: was saved by {processes} processes with hardware.sharding={sharding}, and this run has 1 with ddp"
+    assert str(refused.value).startswith(found) and len(str(refused.value).splitlines()) == 1
+
+
 def test_the_last_complete_checkpoint_is_taken_up_by_its_step_and_not_by_its_name(tmp_path):
     folder = RunFolder(config(tmp_path / "run"))
     folder.create()

@@ -57,6 +57,7 @@ def test_a_step_without_a_loss_token_is_skipped_on_both_ranks(case, variant, two
         assert all(torch.equal(rank["weights"][name], value) for name, value in untouched.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", [next(v for v in DEFAULTS if needs_of(v).rollouts)], ids=str)
 def test_the_command_on_two_ranks_trains_what_one_process_does(variant: Variant, tmp_path):
     """The real command starts its own ranks; three steps with rollouts, and the evaluation around them."""

@@ -175,7 +175,10 @@ def test_an_interrupted_command_says_so_continues_when_repeated_and_is_refused_w
     run = tmp_path / "run"
     words = file_run(run, rows, student, teacher, "train.max_steps=200", "train.save_every_steps=20", *ON_POLICY)
     command = [sys.executable, "-m", "opd", *words]
-    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # In the background of a shell, as CI may run this, a process is born deaf to Ctrl-C.
+    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    process = subprocess.Popen(command, env=ENVIRONMENT, **pipes, **heard)
     deadline = time.monotonic() + 120
     while not (run / "checkpoint-20").is_dir() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)

@@ -190,6 +190,7 @@ def test_the_stop_tokens_of_an_adapters_base_end_its_answers(tmp_path, student):
     assert stop_ids(tokenizer, str(base), model) == stop_ids(tokenizer, str(adapter), model) == both
 
 
+@pytest.mark.slow
 def test_an_adapter_folder_as_teacher_is_the_merged_model(tmp_path, rows, student, dpo):
     trained = dpo("first", LORA, "train.learning_rate=0.1", "train.save_every_steps=2")
     ends = []
@@ -333,6 +334,7 @@ def test_methods_of_one_tokenizer_refuse_it_before_a_weight_is_loaded(tmp_path, 
     assert "method=gold" in answer.stderr
 
 
+@pytest.mark.slow
 def test_minillm_in_paper_mode_also_learns_the_rows_own_completions(tmp_path, rows, student, teacher):
     words = ("method=minillm", "method.mode=paper", "method.lm_coef=1.0", "train.micro_batch_size=4")
     folder = run(tmp_path / "run", file_run(tmp_path / "run", rows, student, teacher, *words, "train.warmup_steps=0"))

@@ -16,8 +16,8 @@ from torch.distributed.tensor import DTensor
 from opd import distributed
 from opd.config import Config, LoRA
 from opd.errors import RunError
-from opd.models import add_lora, causal_lm, save_memory
-from opd.sharding import gathered, local, parameter_bytes, whole_state
+from opd.models import add_lora, causal_lm, freeze, save_memory
+from opd.sharding import gathered, local, parameter_bytes, shard, whole_state
 from opd.teachers import asked_unevenly
 from opd.trainer import DistillationTrainer
 
@@ -169,6 +169,34 @@ def asked_while_gathered(variant: Variant, world_size: int, folder: Path) -> lis
             said += [teacher.logprobs(view, batch.sequences) for _ in range(2)]
     said.append(teacher.logprobs(view, batch.sequences))
     return said
+
+
+def evaluated_unequally(variant: Variant, world_size: int, folder: Path) -> dict[str, Any]:
+    """A step after an evaluation in which the first rank alone had rows, and scored them by the backbone."""
+    config = settings(variant, world_size, folder)
+    trainer, told = make_trainer(config, student=make_student(), empties=some_of_the_step)
+    with gathered(told.student), torch.no_grad():
+        for _ in range(3 if distributed.rank() == 0 else 0):
+            causal_lm(told.student).base_model(input_ids=torch.arange(1, 9).view(2, 4))
+    trainer.train()
+    return told_of(told)
+
+
+def noted_forwards(world_size: int, folder: Path) -> list[int]:
+    """How many forwards FSDP2 remembers of a frozen model, after each of three."""
+    model = freeze(make_model("llama", 3))
+    shard(
+        model,
+        "hardware.teacher_placement=fsdp2",
+        hardware=settings(Variant("sft", "defaults"), world_size, folder).hardware,
+        trained=False,
+    )
+    noted = []
+    for _ in range(3):
+        with torch.no_grad():
+            model(input_ids=torch.arange(1, 9).view(2, 4))
+        noted.append(len(model._get_fsdp_state()._comm_ctx.post_forward_order))
+    return noted
 
 
 def spoilt(variant: Variant, world_size: int, folder: Path) -> str:

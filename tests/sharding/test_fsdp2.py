@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 import subprocess
 import sys
@@ -13,11 +12,10 @@ import torch
 from contract.command import words_of, write_inputs
 from contract.kills import assert_equal_to_the_bit, killed_and_whole
 from contract.test_resume import LORA
-from contract.tiny import SHAPES, assert_same_numbers, distance, make_model, make_trainer
+from contract.tiny import SHAPES, assert_same_numbers, distance, make_model
 from contract.variants import ALL_VARIANTS, DEFAULTS, ROOT, VARIANTS, needs_of
 from transformers import AutoModelForCausalLM
 
-from opd.errors import ConfigError
 from sharding import fsdp2
 from sharding.processes import on_two_ranks
 
@@ -71,6 +69,8 @@ OTHERS = {
     "asked_average": functools.partial(fsdp2.asked_while_gathered, AVERAGING),
     "asked_initial": functools.partial(fsdp2.asked_while_gathered, INITIAL),
     "spoilt": functools.partial(fsdp2.spoilt, FROM_DATA),
+    "evaluated": functools.partial(fsdp2.evaluated_unequally, FROM_DATA),
+    "noted": fsdp2.noted_forwards,
 }
 
 
@@ -172,11 +172,12 @@ def test_the_checks_tell_of_a_loss_that_is_not_finite_on_one_rank(ranks):
         assert any("not finite" in line for line in said), said
 
 
-def test_a_checkpoint_of_other_ranks_is_refused(tmp_path):
-    trainer, _ = make_trainer(fsdp2.settings(FROM_DATA, 1, tmp_path), student=fsdp2.make_student())
-    (tmp_path / "spent.json").write_text(json.dumps({"processes": 2, "sharding": "fsdp2"}))
-    with pytest.raises(ConfigError, match="saved by 2 processes"):
-        trainer.resume(tmp_path)
+def test_ranks_that_evaluated_unequally_many_rows_train_on_together(ranks, tmp_path):
+    assert_trained_alike(ranks["evaluated"], fsdp2.evaluated_unequally(FROM_DATA, 1, tmp_path))
+
+
+def test_nothing_is_kept_of_the_forwards_of_a_frozen_model(ranks):
+    assert ranks["noted"] == [[0, 0, 0]] * 2
 
 
 @pytest.mark.slow

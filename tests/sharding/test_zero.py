@@ -37,7 +37,7 @@ INITIAL = next(v for v in VARIANTS if any(need.model == "initial" for need in ne
 trained = functools.partial(functools.partial, zero.trained)
 # Compared with a single process.
 EQUAL = {
-    **{f"zero3 {variant}": trained("zero3", variant) for variant in (*DEFAULTS, INITIAL)},
+    **{f"zero3 {variant}": trained("zero3", variant) for variant in (SAMPLING, FROM_DATA, WINDOWED, INITIAL)},
     **{f"zero2 {variant}": trained("zero2", variant) for variant in (SAMPLING, FROM_DATA, AVERAGING)},
     f"zero1 {SAMPLING}": trained("zero1", SAMPLING),
     "zero3 tied head": trained("zero3", SAMPLING, student={"kind": "gemma2"}),
@@ -62,7 +62,10 @@ FROZEN = {
     f"frozen {kind} {dtype}": functools.partial(zero.frozen, kind, dtype)
     for kind, dtype in (("llama", torch.float32), ("gemma2", torch.bfloat16))
 }
-ALONE = {"alone": functools.partial(zero.gathered_alone, SAMPLING)}
+ALONE = {
+    "alone": functools.partial(zero.gathered_alone, SAMPLING),
+    "base": functools.partial(zero.base_as_teacher, SAMPLING),
+}
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +150,10 @@ def test_models_load_whole_while_stage_3_trains(ranks):
     assert not any(rank["loads_in_parts"] for rank in ranks["alone"])
 
 
+def test_the_base_under_an_adapter_lies_as_the_student_does(ranks):
+    assert ranks["base"] == [(True, False)] * 2
+
+
 @pytest.mark.parametrize("case", FROZEN)
 def test_a_teacher_in_parts_says_what_the_whole_one_does(case, ranks):
     for rank in ranks[case]:
@@ -189,6 +196,7 @@ REFUSED = {
     "its scheduler would replace train.lr_scheduler": {**ZERO, "scheduler": {"type": "WarmupLR"}},
     "train_micro_batch_size_per_gpu=4: train.micro_batch_size says it": {**ZERO, "train_micro_batch_size_per_gpu": 4},
     "gradient_clipping=0.5: train.max_grad_norm says it": {**ZERO, "gradient_clipping": 0.5},
+    "zero_force_ds_cpu_optimizer=true would replace train.optimizer": {**ZERO, "zero_force_ds_cpu_optimizer": True},
     "bf16.enabled=true contradicts hardware.precision=fp32": {**ZERO, "bf16": {"enabled": True}},
 }
 
@@ -211,6 +219,7 @@ def test_a_json_of_ones_own_is_used(tmp_path):
     file.write_text(json.dumps({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}))
     config = deepspeed_config(hardware(deepspeed=str(file)))
     assert config["zero_optimization"]["offload_optimizer"] == {"device": "cpu"}
+    assert config["zero_force_ds_cpu_optimizer"] is False  # or accelerate would train by another optimizer
     assert config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"]
 
 

@@ -13,6 +13,7 @@ from opd import zero
 from opd.config import Config
 from opd.models import attach_objective, freeze, within_forward
 from opd.sharding import communicates, gathered, is_sharded, parameter_bytes, whole, whole_state
+from opd.teachers import WithoutAdapter
 from sharding import fsdp2
 
 
@@ -95,6 +96,17 @@ def gathered_alone(variant: Variant, world_size: int, folder: Path) -> dict[str,
         "communicates": (communicates(student), alone),
         "loads_in_parts": is_deepspeed_zero3_enabled(),
     }
+
+
+def base_as_teacher(variant: Variant, world_size: int, folder: Path) -> tuple[bool, bool]:
+    """Whether forwards of the base under the student's adapter are collective: between steps, and while it is whole."""
+    student = fsdp2.make_student(dropout=0.0)
+    trainer, told = make_trainer(settings("zero3", variant, world_size, folder), student=student)
+    trainer.train()
+    base = WithoutAdapter(told.student)
+    with gathered(told.student):
+        alone = communicates(base)
+    return communicates(base), alone
 
 
 def frozen(kind: str, dtype: torch.dtype, world_size: int, folder: Path) -> dict[str, Any]:
