@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from opd import interruption
 from opd.composition import CONF, explain, plain
 from opd.errors import ConfigError, OpdError
-from opd.together import is_alone
+from opd.together import is_alone, is_follower
 
 # Beside the package in a checkout; a wheel has what lies in it among the other packages.
 _LAUNCHERS = Path(__file__).resolve().parents[1] / "launchers"
@@ -35,8 +36,19 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its exceptions over instead of printing them
     if _LAUNCHERS.is_dir() and str(_LAUNCHERS) not in sys.path:
         sys.path.append(str(_LAUNCHERS))  # a checkout that is not installed: Hydra looks for hydra_plugins on the path
-    if code := _command() if is_alone() else _command_together():
+    with interruption.handled():
+        if _comes_back():
+            with interruption.requeued():
+                code = _command() if is_alone() else _command_together()
+        else:
+            code = _command() if is_alone() else _command_together()
+    if code:
         sys.exit(code)
+
+
+def _comes_back() -> bool:
+    """Whether an interrupted job is to be requeued for this command: not for a follower, nor to submit once more."""
+    return not is_follower() and "hydra/launcher=slurm" not in sys.argv
 
 
 def _command_together() -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,10 +18,11 @@ _HERE = Path(__file__).resolve().parent
 CONF = next(path for path in (_HERE / "conf", _HERE.parent / "conf") if (path / "config.yaml").is_file())
 
 
-def plain(composed: DictConfig) -> dict[str, Any]:
+def plain(composed: DictConfig, *, submitted: bool = False) -> dict[str, Any]:
     """The config without Hydra in it, every ${…} resolved; HydraConfig holds Hydra's part of it.
 
-    A job of a sweep writes to its folder in the sweep's, unless the command names run.dir. Raises ConfigError.
+    A job of a sweep writes to its folder in the sweep's, unless the command names run.dir. `submitted`: it runs in
+    another job than this process, if this one belongs to any. Raises ConfigError.
     """
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
@@ -27,17 +30,29 @@ def plain(composed: DictConfig) -> dict[str, Any]:
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        raw: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
         context = HydraConfig.get()
+        if context.mode == RunMode.RUN and not submitted and (step := slurm.step_name()):
+            composed = composed.copy()
+            OmegaConf.update(composed, "run.dir", lasting(composed, step))
+        raw: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
         if context.mode == RunMode.MULTIRUN and not any(o.startswith("run.dir=") for o in context.overrides.task):
             raw["run"]["dir"] = context.runtime.output_dir
-        unresolved: Any = OmegaConf.to_container(composed, resolve=False)
-        if context.mode == RunMode.RUN and "${now:" in unresolved["run"]["dir"] and (step := slurm.step_name()):
-            # Not the time: the job that is requeued would look for its checkpoint elsewhere.
-            raw["run"]["dir"] = str(Path(raw["run"]["dir"]).with_name(step))
     except OmegaConfBaseException as error:
         raise ConfigError(explain(error)) from None
     return raw
+
+
+def lasting(composed: DictConfig, step: str) -> str:
+    """run.dir with the step's name for the time: a job that is requeued would look for its checkpoint elsewhere.
+
+    Several commands of one step differ by the digest of what they run. Other ${…} stay as they are.
+    """
+    from omegaconf import OmegaConf
+
+    unresolved: Any = OmegaConf.to_container(composed, resolve=False)  # resolved, another ${now:…} may stand in it
+    folder = unresolved["run"].pop("dir")
+    digest = hashlib.sha256(json.dumps(unresolved, sort_keys=True, default=str).encode()).hexdigest()
+    return re.sub(r"\$\{now:[^}]*\}", f"{step}-{digest[:6]}", folder)
 
 
 def explain(error: Exception) -> str:

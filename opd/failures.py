@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import signal
@@ -10,7 +11,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +20,10 @@ from typing import NoReturn
 from opd import interruption
 from opd.errors import ConfigError, OpdError, PreflightError, RunError
 
+log = logging.getLogger("opd")
+
 FILE = "error.json"
+_PATIENCE = 30  # seconds, of torch elastic
 GONE = 87  # exit code of a rank that ended because another had failed
 _ERRORS = {error.exit_code: error for error in (RunError, ConfigError, PreflightError)}
 # What a rank says when another one has left it, by gloo and by NCCL.
@@ -53,8 +57,8 @@ class Failure:
 
     @property
     def may_follow(self) -> bool:
-        """Whether the end of another rank explains it: left alone, or killed after its patience."""
-        return self.order[0] >= 2 or self.exit_code == -signal.SIGKILL
+        """Whether the end of another rank explains it. It does not where the kernel killed this one."""
+        return self.order[0] >= 2
 
     def tell(self) -> NoReturn:
         """Raise what the rank raised; of an error that nobody foresaw its traceback goes to stderr first."""
@@ -128,6 +132,19 @@ class Outcome:
         return cls([Failure(**failure) for failure in told.pop("failures")], **told)
 
 
+def own_ends(ends: Mapping[int, tuple[int, float]]) -> dict[int, int]:
+    """Exit codes by rank, of exit codes and the seconds in which torch elastic found them.
+
+    After the first end it sends SIGTERM to the other ranks, and SIGKILL to those that are there 30 s later, which is
+    not a rank's own end either.
+    """
+    first = min((seconds for _, seconds in ends.values()), default=0.0)
+    return {
+        rank: -signal.SIGTERM if code == -signal.SIGKILL and seconds - first > _PATIENCE / 2 else code
+        for rank, (code, seconds) in ends.items()
+    }
+
+
 def outcome(folder: Path, exit_codes: dict[int, int]) -> Outcome:
     """What becomes of ranks that wrote below this folder, those that ended badly by rank with their exit codes."""
     failures = []
@@ -148,7 +165,9 @@ def conclude(outcomes: Iterable[Outcome]) -> None:
     failures = [failure for outcome in outcomes for failure in outcome.failures]
     # Clocks of machines differ, so what can only follow from something else comes last.
     cause = min(failures, key=lambda failure: failure.order, default=None)
-    if cause is not None and not (cause.may_follow and any(outcome.interrupted for outcome in outcomes)):
-        cause.tell()
+    if cause is not None:
+        if not (cause.may_follow and any(outcome.interrupted for outcome in outcomes)):
+            cause.tell()
+        log.info("rank %d on %s was left alone: %s", cause.rank, cause.host, cause.message.partition("\n")[0])
     if not all(outcome.is_good for outcome in outcomes):
         interruption.leave()

@@ -2,21 +2,26 @@
 
 Between the first step and the last they are noted, and answered at the end of a step, by all ranks together, with a
 checkpoint; anywhere else there is nothing to save, and the process ends at once. No torch here: a process that starts
-ranks hears them too.
+ranks hears them too, and passes them on: they may have come to it alone.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import signal
+import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, NoReturn
 
 from opd import slurm
 
 log = logging.getLogger("opd")
 
+_LISTENS = ".pid"  # ending of the empty file by which a rank says that it hears signals
 INTERRUPTED = 85  # exit code in a Slurm job: interrupted, and what was worth it saved; outside of one 128 + signal
 
 
@@ -48,6 +53,35 @@ def listen() -> None:
     _Heard.number, _Heard.deferred = None, False
     for each in signals():
         signal.signal(each, _hear)
+
+
+def listens(folder: Path) -> None:
+    """Say that this rank hears the signals."""
+    (folder / f"{os.getpid()}{_LISTENS}").touch()
+
+
+@contextmanager
+def passed_on(folder: Path) -> Iterator[None]:
+    """What this process hears in the body, each rank that says in `folder` that it listens hears too."""
+    over = threading.Event()
+
+    def pass_on() -> None:
+        told = set[str]()
+        while not over.wait(0.2):
+            if (number := _Heard.number) is None:
+                continue
+            for process in {file.stem for file in folder.rglob(f"*{_LISTENS}")} - told:
+                told.add(process)
+                with suppress(ProcessLookupError):
+                    os.kill(int(process), number)
+
+    thread = threading.Thread(target=pass_on, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 @contextmanager
@@ -83,6 +117,7 @@ def requested() -> bool:
 
 def leave() -> NoReturn:
     """End this process as interrupted. A KeyboardInterrupt it is not: that says that somebody sits there."""
+    defer(True)  # a second signal would cut short what ends here
     raise SystemExit(INTERRUPTED if slurm.in_job() else 128 + (_Heard.number or signal.SIGTERM))
 
 
@@ -99,13 +134,26 @@ def is_exit_code(code: int) -> bool:
 
 @contextmanager
 def requeued() -> Iterator[None]:
-    """Where the body is interrupted in a Slurm job, the job comes back by itself, unless it was cancelled."""
+    """Where the body is interrupted in a Slurm job, the job comes back by itself, unless it was cancelled.
+
+    Around a whole command, once: a job that was requeued is told so, and cannot be a second time.
+    """
     try:
         yield
     except SystemExit as error:
         if error.code == INTERRUPTED and slurm.in_job():
-            log.info("interrupted; %s", slurm.requeue())
+            _say(f"interrupted; {slurm.requeue()}")
+        elif error.code == 128 + signal.SIGTERM:
+            _say("interrupted; the same command with the same run.dir continues")
         raise
+
+
+def _say(line: str) -> None:
+    """Into the run's log too, where it has begun."""
+    if log.handlers:
+        log.info(line)
+    else:
+        sys.stderr.write(f"opd: {line}\n")
 
 
 def _hear(number: int, _frame: Any) -> None:

@@ -60,6 +60,10 @@ def launch(config: Config) -> None:
     check_place(config)
     from opd.failures import Outcome, conclude
 
+    name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{next(_numbers)}"
+    logs = Path(config.run.dir).resolve() / RANK_LOGS / name
+    if _leader is not None or config.hardware.world_size > 1:
+        _make(logs, config)
     if config.hardware.world_size == 1 or config.is_embedded:
         from opd import pipeline  # seconds, and memory that the ranks could use
 
@@ -68,8 +72,6 @@ def launch(config: Config) -> None:
         from opd.artifacts.console import start_logging
 
         start_logging()
-    name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{next(_numbers)}"
-    logs = Path(config.run.dir).resolve() / RANK_LOGS / name
     if _leader is not None:
         order = {"config": config.model_dump(mode="json"), "logs": str(logs), "launch": name}
         _leader.begin(order)
@@ -83,6 +85,15 @@ def launch(config: Config) -> None:
         from opd.ranks import Node, run_ranks
 
         conclude([run_ranks(config, logs, name, Node())])
+
+
+def _make(logs: Path, config: Config) -> None:
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"run.dir={config.run.dir}: cannot be made ({error.strerror}); choose another folder"
+        ) from None
 
 
 def check_place(config: Config) -> None:

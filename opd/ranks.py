@@ -17,11 +17,12 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from opd import interruption, slurm
+from opd import interruption
 from opd.config import Config
-from opd.failures import FILE, Outcome, outcome
+from opd.failures import FILE, Outcome, outcome, own_ends
 
-_STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+# At these torch elastic ends the ranks: in 30 seconds, so not at SIGTERM, nor at what nohup has the command ignore.
+_STOPS = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 # python -m opd.worker, but of this very package: another may lie in the working folder.
 _ROOT = str(Path(__file__).resolve().parents[1])
 _WORKER = f"import sys; sys.path.insert(0, {_ROOT!r}); import opd; del sys.path[0]; from opd.worker import main; main()"
@@ -39,10 +40,11 @@ class Node:
 def run_ranks(config: Config, logs: Path, launch: str, node: Node) -> Outcome:
     """Run this machine's ranks to their end. `launch`: a name that all machines of the run give it.
 
-    Rank 0 has the console, the others write to files below `logs`. In a Slurm job the ranks hear its signals by
-    themselves; elsewhere they are passed on. Raises KeyboardInterrupt, or SystemExit(128 + signal), with no rank left.
+    Rank 0 has the console, the others write to files below `logs`. Signals that ask for an end are passed on, and
+    the ranks take what time they need. Raises KeyboardInterrupt, or SystemExit(128 + signal), with no rank left.
     """
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # failures are told by us
+    for part in ("", ".agent.server.api"):  # failures and ends are told by us; the second has a level of its own
+        logging.getLogger(f"torch.distributed.elastic{part}").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(config.hardware.threads))
     ranks = config.hardware.processes_per_node
     console = {0} if node.number == 0 else set()
@@ -60,11 +62,11 @@ def run_ranks(config: Config, logs: Path, launch: str, node: Node) -> Outcome:
         rdzv_endpoint=node.endpoint or "localhost:0",
         rdzv_configs={"rank": node.number, "timeout": _SECONDS_TO_MEET} if node.endpoint else {},
         logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects=quiet),
-        signals_to_handle="SIGINT" if slurm.in_job() else ",".join(stop.name for stop in _STOPS),
+        signals_to_handle=",".join(stop.name for stop in _STOPS if signal.getsignal(stop) is not signal.SIG_IGN),
     )
     words = ("-u", "-c", _WORKER, str(_specification(config, logs, launch)))
     exit_codes: dict[int, int] = {}
-    with interruption.restored(*_STOPS), interruption.deferred():
+    with interruption.restored(*_STOPS), interruption.deferred(), interruption.passed_on(logs):
         try:
             elastic_launch(settings, sys.executable)(*words)
         except SignalException as error:
@@ -72,7 +74,8 @@ def run_ranks(config: Config, logs: Path, launch: str, node: Node) -> Outcome:
                 raise KeyboardInterrupt from None
             raise SystemExit(128 + error.sigval) from None
         except ChildFailedError as error:
-            exit_codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+            ends = {rank: (failure.exitcode, failure.timestamp) for rank, failure in error.failures.items()}
+            exit_codes = own_ends(ends)
     return outcome(logs, exit_codes)
 
 
@@ -90,6 +93,7 @@ def run_rank(config: Config, logs: Path, launch: str, told: Mapping[str, str]) -
     with ExitStack() as stack:
         output = stack.enter_context((logs / "output.log").open("wb")) if rank else None
         stack.enter_context(interruption.deferred())
+        stack.enter_context(interruption.passed_on(logs))
         # Of this process's group, all of which torchrun signals.
         process = stack.enter_context(subprocess.Popen(words, env=environment, stdout=output, stderr=output))
         try:

@@ -39,11 +39,12 @@ def job_id() -> str:
 def step_name() -> str | None:
     """A name that the same command has again when its job is requeued; None where nothing would come back.
 
-    Steps are numbered as the job's script starts them. In an interactive step several commands share one number.
+    Steps are numbered as the job's script starts them; "batch" is the script itself. What somebody types in an
+    interactive job does not come back.
     """
-    if "SLURM_STEP_ID" not in os.environ or "SLURM_PTY_PORT" in os.environ:
-        return None
-    return f"slurm-{job_id()}.{os.environ['SLURM_STEP_ID']}"
+    if "SLURM_STEP_ID" in os.environ:
+        return None if "SLURM_PTY_PORT" in os.environ else f"slurm-{job_id()}.{os.environ['SLURM_STEP_ID']}"
+    return f"slurm-{job_id()}.batch" if in_job() and "SLURM_TASK_PID" in os.environ else None
 
 
 def first_address() -> str:

@@ -19,7 +19,6 @@ from typing import Any
 
 import yaml
 
-from opd import interruption
 from opd.artifacts.run_folder import STAGES, RunFolder
 from opd.artifacts.store import Store
 from opd.conditions import validated
@@ -33,8 +32,6 @@ from opd.stage_graph import Stage, begun, kind_of, merge, needed, of_stage, plan
 log = logging.getLogger("opd")
 
 
-@interruption.requeued()
-@interruption.handled()
 def run(raw: dict[str, Any]) -> None:
     """Make the stages that the run refers to, then the run. All configs are checked before the first stage begins."""
     raw, final, stages = _planned(with_device(raw))

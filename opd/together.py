@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
@@ -84,7 +84,7 @@ class Leader:
     def begin(self, order: dict[str, Any]) -> None:
         """Have the others run their part of this; order["launch"] is a name of its own."""
         self._said += 1
-        self._store.set(f"opd/said/{self._said}", json.dumps(order))
+        self._store.set(f"said/{self._said}", json.dumps(order))
 
     def hear(self, launch: str, report: str, *, is_good: bool) -> list[str]:
         """What all have to tell of their part, this process first; after a failure those who do so soon.
@@ -93,7 +93,7 @@ class Leader:
         """
         if not is_good:
             self._store.set(failed_key(launch), "")
-        others = [f"opd/report/{self._said}/{number}" for number in range(1, self.place.count)]
+        others = [f"report/{self._said}/{number}" for number in range(1, self.place.count)]
         there = _until(lambda: self._store.check(others), _TO_MEET if is_good else _TO_HEAR)
         if is_good and not there:
             silent = [key.rpartition("/")[2] for key in others if not self._store.check([key])]
@@ -106,7 +106,7 @@ class Leader:
         """Tell the others that this was all, and wait until they know if the store ends with this process."""
         self.begin({})
         if self.place.keeps_store:
-            _until(lambda: self._store.add("opd/dismissed", 0) == self.place.count - 1, _TO_HEAR)
+            _until(lambda: self._store.add("dismissed", 0) == self.place.count - 1, _TO_HEAR)
 
 
 def follow(place: Place, run_part: Callable[[dict[str, Any]], tuple[str, bool]]) -> None:
@@ -118,15 +118,15 @@ def follow(place: Place, run_part: Callable[[dict[str, Any]], tuple[str, bool]])
         store, heard = _store(place), 0
         while True:
             heard += 1
-            _until(lambda key=f"opd/said/{heard}": store.check([key]), None)
-            order = json.loads(store.get(f"opd/said/{heard}"))
+            _until(lambda key=f"said/{heard}": store.check([key]), None)
+            order = json.loads(store.get(f"said/{heard}"))
             if not order:
-                store.add("opd/dismissed", 1)
+                store.add("dismissed", 1)
                 return
             report, is_good = run_part(order)
             if not is_good:
                 store.set(failed_key(order["launch"]), "")
-            store.set(f"opd/report/{heard}/{place.number}", report)
+            store.set(f"report/{heard}/{place.number}", report)
     except RuntimeError as error:
         line = str(error).partition("\n")[0]
         raise RunError(f"the first process, on {place.host}, is gone or was never there: {line}") from None
@@ -134,15 +134,23 @@ def follow(place: Place, run_part: Callable[[dict[str, Any]], tuple[str, bool]])
 
 def failed_key(launch: str) -> str:
     """What is in the store once a part of this launch has failed."""
-    return f"opd/failed/{launch}"
+    return f"failed/{launch}"
+
+
+def key_prefix(told: Mapping[str, str]) -> str:
+    """What the keys of these processes begin with: torchrun's store lives on when it restarts them.
+
+    `told`: the environment that torchrun, or torch elastic here, made for a rank.
+    """
+    return f"opd/{told.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 
 def _store(place: Place) -> Store:
-    from torch.distributed import DistNetworkError, TCPStore
+    from torch.distributed import DistNetworkError, PrefixStore, TCPStore
 
     try:
         # Torch elastic, which uses the same port, shares it.
-        return TCPStore(
+        store = TCPStore(
             place.host,
             place.port,
             is_master=place.keeps_store,
@@ -157,7 +165,7 @@ def _store(place: Place) -> Store:
         raise RunError(
             f"port {place.port} of {place.host} cannot be used ({line}); set MASTER_PORT to another"
         ) from None
-    return store
+    return PrefixStore(key_prefix(place.told), store)
 
 
 def _until(is_so: Callable[[], bool], patience: timedelta | None) -> bool:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from opd import interruption
 from opd.failures import GONE, recorded
-from opd.together import failed_key
+from opd.together import failed_key, key_prefix
 
 if TYPE_CHECKING:  # torch takes a second, in which a signal should find its handler
     from torch.distributed import Store
@@ -29,8 +29,10 @@ _PR_SET_PDEATHSIG = 1
 def main() -> None:
     """Join the other ranks and run. It ends when its launcher does, however that ends, and when another rank fails."""
     interruption.listen()
-    specification = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    file = Path(sys.argv[1])
+    specification = json.loads(file.read_text(encoding="utf-8"))
     _end_with(specification["parent"])
+    interruption.listens(file.parent)
     with recorded():
         _run(specification)
 
@@ -43,9 +45,10 @@ def _run(specification: dict[str, Any]) -> None:
 
     launch = specification["launch"]
     config = validated(specification["config"])
-    rank.join(config, dist.PrefixStore(f"ranks/{launch}", _meeting_place()))
     watched = _meeting_place()  # of its own: waiting blocks a store's other users
+    # One of those that this rank is about to wait for may have failed already.
     threading.Thread(target=_end_with_the_others, args=(watched, failed_key(launch)), daemon=True).start()
+    rank.join(config, dist.PrefixStore(f"ranks/{launch}", _meeting_place()))
     rank.run(config)
     dist.destroy_process_group()
 
@@ -59,10 +62,11 @@ def _end_with(parent: int) -> None:
 
 
 def _meeting_place() -> Store:
-    from torch.distributed import TCPStore
+    from torch.distributed import PrefixStore, TCPStore
 
     where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return TCPStore(*where, is_master=False, wait_for_workers=False, timeout=timedelta(minutes=10))
+    store = TCPStore(*where, is_master=False, wait_for_workers=False, timeout=timedelta(minutes=10))
+    return PrefixStore(key_prefix(os.environ), store)
 
 
 def _end_with_the_others(store: Store, failed: str) -> None:

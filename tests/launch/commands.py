@@ -14,7 +14,14 @@ from contract.command import fingerprint as fingerprint  # of the weights in fin
 from e2e.command import ENVIRONMENT
 from e2e.model_folders import file_run
 
-# The interpreter imports it at its start, in every process of the command. What happens is a bug in one rank.
+# The interpreter imports them at its start, in every process of the command. What happens is a bug in one rank.
+_EARLY = """
+import os
+import sys
+
+if os.environ.get("RANK") == "{rank}" and any("opd.worker" in word for word in sys.orig_argv):
+    os.kill(os.getpid(), 9)
+"""
 _FAULT = """
 import os
 
@@ -42,6 +49,13 @@ def faulty(folder: Path, *, rank: int | None, fault: str, step: int = 1) -> dict
     """The environment in which this happens at the beginning of a step of one rank; None: of the only process."""
     (folder / "fault").mkdir()
     (folder / "fault" / "sitecustomize.py").write_text(_FAULT.format(rank=rank, fault=fault, step=step))
+    return {"PYTHONPATH": f"{folder / 'fault'}:{ENVIRONMENT['PYTHONPATH']}"}
+
+
+def killed_at_its_start(folder: Path, *, rank: int) -> dict[str, str]:
+    """The environment in which this rank never gets as far as importing opd."""
+    (folder / "fault").mkdir()
+    (folder / "fault" / "sitecustomize.py").write_text(_EARLY.format(rank=rank))
     return {"PYTHONPATH": f"{folder / 'fault'}:{ENVIRONMENT['PYTHONPATH']}"}
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from opd import interruption
 from opd.errors import ConfigError, PreflightError, RunError
-from opd.failures import GONE, Failure, Outcome, conclude, outcome
+from opd.failures import GONE, Failure, Outcome, conclude, outcome, own_ends
 
 LEFT_ALONE = "RuntimeError: [gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:24931"
 
@@ -54,6 +54,21 @@ def test_an_interruption_is_not_taken_for_the_failure_that_it_causes(monkeypatch
     assert left.value.code == interruption.INTERRUPTED
     with pytest.raises(RunError, match="a bug"):  # nor a failure for an interruption
         conclude([alone, Outcome([failure(0)], left_early=False, interrupted=True)])
+
+
+def test_a_rank_that_the_kernel_killed_after_a_signal_is_a_failure_and_not_an_interruption():
+    """It would be requeued for ever, with no checkpoint: memory is short again in the same step."""
+    killed, left_alone = died(0, signal.SIGKILL), failure(1, message=LEFT_ALONE)
+    for failures in ([killed], [killed, left_alone]):
+        with pytest.raises(RunError, match=r"^rank 0 on n1 was ended by SIGKILL"):
+            conclude([Outcome(failures, left_early=True, interrupted=True)])
+
+
+def test_a_rank_that_torch_killed_for_outlasting_the_others_did_not_end_by_itself(tmp_path):
+    kill, left = -signal.SIGKILL, interruption.INTERRUPTED
+    assert outcome(tmp_path, own_ends({0: (left, 100), 1: (kill, 130)})).failures == []
+    assert [each.rank for each in outcome(tmp_path, own_ends({0: (left, 100), 1: (kill, 101)})).failures] == [1]
+    assert own_ends({}) == {}
 
 
 def test_all_good_is_no_end_at_all_even_where_a_signal_came_too_late():

@@ -8,9 +8,11 @@ import signal
 import time
 
 import pytest
+from e2e.command import call
 
 from launch.commands import HOLD, begin, faulty, fingerprint, finish, losses, wait_for_step
 from opd import interruption
+from opd.stages import run
 
 STEPS, STEP = 6, 4
 # No checkpoint but that of the interruption, which comes between two lines of metrics.jsonl: at 3, and at the end.
@@ -34,6 +36,71 @@ def test_a_terminated_run_saves_its_step_and_continues_as_if_nothing_had_been(wo
     assert code == 0, said
     assert losses(broken) == losses(whole)
     assert fingerprint(broken) == fingerprint(whole)
+
+
+SLOW = f"{HOLD}\n{12 * ' '}time.sleep(31)"  # torch elastic would have killed it after 30 seconds
+
+
+@pytest.mark.parametrize(
+    ("job", "number", "code", "fault"),
+    [
+        ({"SLURM_JOB_ID": "12"}, signal.SIGUSR2, 85, HOLD),
+        pytest.param({}, signal.SIGTERM, 143, SLOW, marks=pytest.mark.slow),
+    ],
+    ids=["slurm", "long step"],
+)
+def test_what_only_the_command_hears_its_ranks_hear_too_and_take_their_time(job, number, code, fault, words, tmp_path):
+    env, run = faulty(tmp_path, rank=1, fault=fault, step=3), tmp_path / "run"
+    process = begin("opd", *words(run, *TIMES, "hardware=cpu_2rank"), env={**env, **job})
+    wait_for_step(run, 3, process)
+    process.send_signal(number)
+    ended, said = finish(process)
+    assert ended == code, said
+    assert "interrupted: checkpoint-4 is saved" in said and (run / "checkpoint-4").is_dir(), said
+    assert said.count("interrupted; ") == 1 and "death signal" not in said, said
+
+
+@pytest.fixture
+def asked(tmp_path, monkeypatch):
+    """The words of each call of scontrol, in a batch job that runs."""
+    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\necho JobState=RUNNING BatchFlag=1\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    return lambda: (tmp_path / "asked").read_text().splitlines() if (tmp_path / "asked").is_file() else []
+
+
+def interrupted_here(*_):
+    os.kill(os.getpid(), signal.SIGUSR2)
+    time.sleep(10)
+
+
+REQUEUED = ["show job 12", "requeue 12"]
+
+
+@pytest.mark.parametrize("where", ["opd.__main__._compose_and_run", "opd.stages.launch"], ids=["composing", "running"])
+def test_a_job_is_requeued_wherever_the_signal_finds_its_command(where, asked, words, tmp_path, monkeypatch):
+    monkeypatch.setattr(where, interrupted_here)
+    answer = call(*words(tmp_path / "run"))
+    assert (answer.code, asked()) == (interruption.INTERRUPTED, REQUEUED)
+
+
+@pytest.mark.parametrize("role", [["hydra/launcher=slurm"], []], ids=["submits", "follows"])
+def test_a_job_is_not_requeued_to_submit_again_nor_by_every_machine(role, asked, monkeypatch):
+    if not role:
+        for name, value in {"STEP_ID": "0", "STEP_NUM_TASKS": "2", "PROCID": "1"}.items():
+            monkeypatch.setenv(f"SLURM_{name}", value)
+        monkeypatch.setattr("opd.__main__._command_together", interrupted_here)
+    monkeypatch.setattr("opd.__main__._command", interrupted_here)
+    assert (call(*role).code, asked()) == (interruption.INTERRUPTED, [])
+
+
+def test_a_run_inside_of_another_command_leaves_it_to_that_to_requeue(asked, monkeypatch):
+    """As in a job of hydra/launcher=slurm; a second request is refused, and what is told of it is wrong."""
+    monkeypatch.setattr("opd.stages._planned", interrupted_here)
+    with pytest.raises(SystemExit), interruption.requeued(), interruption.handled():
+        run({"hardware": {"device": "cpu", "precision": "fp32"}})
+    assert asked() == REQUEUED
 
 
 @pytest.mark.parametrize(

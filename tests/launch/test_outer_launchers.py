@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
 
-from launch.commands import begin, faulty, fingerprint, finish, losses
+from launch.commands import begin, faulty, fingerprint, finish, killed_at_its_start, losses
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "opd")
@@ -44,6 +46,24 @@ def test_the_rank_that_failed_is_named_under_torchrun_too(words, tmp_path):
     assert code == 1
     ours = said[: said.index("opd: rank 1 on ")]
     assert ours.count("Traceback") == 1 and ours.endswith("ValueError: a bug of rank 1\n"), said
+
+
+def test_a_rank_that_fails_before_it_has_joined_does_not_leave_the_others_waiting(words, tmp_path):
+    env = killed_at_its_start(tmp_path, rank=1)
+    code, said = finish(begin(*TORCHRUN, *words(tmp_path / "run", TWO), env=env), 120)
+    assert code == 1
+    assert re.search(r"^opd: rank 1 on \S+ was ended by SIGKILL", said, re.MULTILINE), said
+
+
+@pytest.mark.slow
+def test_processes_that_torchrun_starts_once_more_find_each_other_and_not_what_was_said_before(words, tmp_path):
+    fault = 'if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0": raise ValueError("once")'
+    launcher = (*TORCHRUN[:1], "--max-restarts", "1", *TORCHRUN[1:])
+    env = faulty(tmp_path, rank=1, fault=fault)
+    code, said = finish(begin(*launcher, *words(tmp_path / "run", TWO), env=env), 180)
+    assert code == 0, said
+    assert "ValueError: once" in said
+    assert "seconds" in json.loads((tmp_path / "run" / "result.json").read_text())
 
 
 @pytest.mark.parametrize(

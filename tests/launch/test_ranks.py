@@ -10,6 +10,7 @@ import psutil
 import pytest
 
 from launch.commands import begin, faulty, finish, losses, ranks_of, wait_for_step
+from opd import interruption
 
 TWO = "hardware=cpu_2rank"
 
@@ -61,6 +62,26 @@ def test_ranks_end_with_a_launcher_that_is_killed(words, tmp_path):
     _, alive = psutil.wait_procs(ranks, timeout=10)
     assert len(ranks) == 2 and not alive
     process.communicate()
+
+
+@pytest.mark.slow
+def test_a_command_that_nohup_started_outlives_its_terminal(words, tmp_path):
+    env = faulty(tmp_path, rank=1, fault="import signal, time; os.kill(os.getppid(), signal.SIGHUP); time.sleep(1)")
+    with interruption.restored(signal.SIGHUP):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # which the command inherits, as of nohup
+        process = begin("opd", *words(tmp_path / "run", TWO), env=env)
+    code, said = finish(process)
+    assert code == 0, said
+
+
+def test_a_folder_that_cannot_be_made_is_refused_in_one_line(words):
+    from e2e.command import call
+
+    answer = call(*words("/proc/nowhere/run", TWO))
+    assert (answer.code, answer.lines) == (
+        2,
+        ["opd: run.dir=/proc/nowhere/run: cannot be made (No such file or directory); choose another folder"],
+    )
 
 
 @pytest.mark.parametrize(

@@ -60,10 +60,28 @@ def test_two_jobs_in_one_folder_are_refused(sweep, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def torn(student, folder):
+    """A copy of the student that cannot be loaded: a job fails as it begins."""
+    shutil.copytree(student, folder)
+    (folder / "model.safetensors").write_bytes(b"torn")
+    return folder
+
+
+def test_a_sweep_of_a_requeued_slurm_job_has_its_folder_again_and_another_sweep_of_that_step_its_own(
+    sweep, inputs, tmp_path, monkeypatch
+):
+    for name, value in {"SLURM_JOB_ID": "27", "SLURM_STEP_ID": "0"}.items():
+        monkeypatch.setenv(name, value)
+    words = ("method=sft", f"model.student.path={torn(inputs / 'student', tmp_path / 'broken')}")
+    for seeds in ("0,1", "0,1", "2,3"):
+        assert sweep(*words, f"run.seed={seeds}").lines[-1] == "opd: 2 of 2 jobs failed"
+    folders = list((tmp_path / "outputs/multirun").iterdir())
+    assert len(folders) == 2 and all(re.fullmatch(r"slurm-27\.0-[0-9a-f]{6}", folder.name) for folder in folders)
+
+
 def test_a_failing_job_stops_no_other_and_the_same_sweep_again_does_what_is_left(sweep, inputs, tmp_path):
-    shutil.copytree(inputs / "student", tmp_path / "broken")
-    (tmp_path / "broken/model.safetensors").write_bytes(b"torn")
-    students = f"model.student.path={inputs}/student,{tmp_path}/broken,{inputs}/dpo_teacher"
+    broken = torn(inputs / "student", tmp_path / "broken")
+    students = f"model.student.path={inputs}/student,{broken},{inputs}/dpo_teacher"
     words = ("method=sft", students, "train.max_steps=1", "hydra.sweep.dir=swept")
     first = sweep(*words)
     assert first.code == 1
@@ -74,9 +92,9 @@ def test_a_failing_job_stops_no_other_and_the_same_sweep_again_does_what_is_left
         ("1", "failed (exit 2)"),
         ("2", "finished"),
     ]
-    assert f"model.student.path={tmp_path}/broken: " in told[1][-1]
+    assert f"model.student.path={broken}: " in told[1][-1]
 
-    shutil.copy(inputs / "student/model.safetensors", tmp_path / "broken")
+    shutil.copy(inputs / "student/model.safetensors", broken)
     before = (tmp_path / "swept/0/metrics.jsonl").stat().st_mtime_ns
     again = sweep(*words)
     assert again.code == 0, again.stderr

@@ -31,6 +31,14 @@ def test_a_machine_without_slurm_is_told(words, tmp_path):
         (["hydra.launcher.timeout_min=24:00:00"], "hydra.launcher.timeout_min=24:00:00: must be a whole number"),
         (["hydra.launcher.timeout_min=5"], "hydra.launcher.signal_delay_s=300: not less than the time limit"),
         (["hydra.launcher.time=5"], "hydra.launcher.time: unknown key"),
+        (["hydra.launcher.wait=no"], "hydra.launcher.wait=no: must be true or false"),
+        (["hydra.launcher.array_parallelism=true"], "array_parallelism=True: must be a whole number, 1 or more"),
+        (["hydra.launcher.setup='export A=1'"], 'setup=export A=1: must be a list of texts, as ["export A=1"]'),
+        (["hydra.launcher.srun_args='--cpu-bind=none'"], "srun_args=--cpu-bind=none: must be a list of texts"),
+        (["hydra.launcher.partition=[a,b]"], "hydra.launcher.partition=['a', 'b']: must be one text, or null"),
+        (["hydra.launcher.mem_gb=16GB"], "hydra.launcher.mem_gb=16GB: must be a whole number, 0 or more, or null"),
+        (["hydra.launcher.additional_parameters=hold"], "additional_parameters=hold: must be null, or as {"),
+        (["run.dir=run_%j"], "run.dir=run_%j: Slurm puts something else for a % in the path of its logs"),
     ],
 )
 def test_what_no_job_can_be_made_of_is_refused(words, told, tmp_path):
@@ -38,3 +46,12 @@ def test_what_no_job_can_be_made_of_is_refused(words, told, tmp_path):
     assert answer.code == 2
     assert len(answer.lines) == 1 and told in answer.lines[0]
     assert not list(tmp_path.iterdir())
+
+
+def test_each_key_of_another_kind_has_a_line():
+    answer = call("method=gkd", "hydra/launcher=slurm", "hydra.launcher.exclusive=yes", "hydra.launcher.setup=ls")
+    assert answer.code == 2
+    assert [line.partition("=")[0] for line in answer.lines] == [
+        "opd: hydra.launcher.exclusive",
+        "opd: hydra.launcher.setup",
+    ]

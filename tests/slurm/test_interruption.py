@@ -69,6 +69,7 @@ def test_a_job_saves_and_is_requeued_and_ends_as_if_nothing_had_been(
     slurm.call("scontrol", "update", f"JobId={job}", "TimeLimit=60")
     assert slurm.ended(job) == "COMPLETED", jobs.said(name)
     assert slurm.show(job)["Restarts"] == "1"
+    assert jobs.said(name).count("interrupted; ") == 1
     assert f"continues the interrupted run in {name} from step {STEP}" in jobs.said(name)
     assert losses(jobs.folder / name) == losses(whole)
     assert fingerprint(jobs.folder / name) == fingerprint(whole)

@@ -5,7 +5,10 @@ An underscore keeps Hydra from importing this at every start.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +22,7 @@ from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
+from opd import slurm
 from opd.composition import explain, plain
 from opd.config import Config
 from opd.errors import ConfigError, FinishedError, RunError
@@ -63,17 +67,22 @@ def checked_jobs(
     *,
     check: Callable[[dict[str, Any]], Config],
     mode: RunMode = RunMode.MULTIRUN,
+    name: str | None = None,
 ) -> list[Job]:
     """Every job, composed and accepted by `check`. Writes nothing.
 
+    From now on hydra.sweep.dir of `master` is the sweep's folder. `name`: what stands in it for the time.
+
     Raises ConfigError with a line for whatever is wrong with any of them; FinishedError for a run that is no sweep.
     """
+    _settle_folder(master, name)
     titles, jobs, refused = _titles(job_overrides), list[Job](), list[str]()
     for number, (overrides, title) in enumerate(zip(job_overrides, titles, strict=True), first):
         opening = f"job {number} ({title}): " if len(titles) > 1 else ""
         try:
-            composed = _compose(context, master, overrides, number, mode)
-            raw = plain(OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"]))
+            composed = _compose(context, master, overrides, number, mode, name)
+            own = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+            raw = plain(own, submitted=mode == RunMode.RUN)  # a run that is no sweep is asked for by submitting alone
             jobs.append(job := Job(number, title, composed, raw, None))
             job.config = check(raw)
         except FinishedError:
@@ -93,8 +102,33 @@ def checked_jobs(
     return jobs
 
 
+def lasting_name(job_overrides: Sequence[Sequence[str]]) -> str | None:
+    """What stands for the time in the folder of a sweep that its requeued Slurm job is to find again; else None.
+
+    The jobs are part of it: the script may hold several sweeps.
+    """
+    if (step := slurm.step_name()) is None:
+        return None
+    return f"{step}-{hashlib.blake2b(json.dumps(job_overrides).encode(), digest_size=3).hexdigest()}"
+
+
+def _settle_folder(config: DictConfig, name: str | None) -> str:
+    """Put what hydra.sweep.dir stands for in its place; the same."""
+    with read_write(config.hydra):
+        if name:
+            written: Any = OmegaConf.to_container(config.hydra.sweep, resolve=False)
+            config.hydra.sweep.dir = re.sub(r"\$\{now:[^}]*\}", name, written["dir"])
+        config.hydra.sweep.dir = str(config.hydra.sweep.dir)
+    return config.hydra.sweep.dir
+
+
 def _compose(
-    context: HydraContext, master: DictConfig, overrides: Sequence[str], number: int, mode: RunMode
+    context: HydraContext,
+    master: DictConfig,
+    overrides: Sequence[str],
+    number: int,
+    mode: RunMode,
+    name: str | None,
 ) -> DictConfig:
     """The job's config with Hydra's part, which is the current one from now on (HydraConfig)."""
     composed = context.config_loader.load_sweep_config(master, list(overrides))
@@ -102,7 +136,12 @@ def _compose(
         composed.hydra.mode = mode
         composed.hydra.job.id = composed.hydra.job.num = number
         HydraConfig.instance().set_config(composed)
-    folder = Path(composed.hydra.sweep.dir, str(composed.hydra.sweep.subdir)).absolute()
+    if (own := _settle_folder(composed, name)) != master.hydra.sweep.dir:
+        raise ConfigError(
+            f"hydra.sweep.dir={own}: another job has {master.hydra.sweep.dir}, and a sweep has one folder; let "
+            "hydra.sweep.subdir differ"
+        )
+    folder = Path(own, str(composed.hydra.sweep.subdir)).absolute()
     with read_write(composed.hydra.runtime):
         composed.hydra.runtime.output_dir = str(folder)
     HydraConfig.instance().set_config(composed)

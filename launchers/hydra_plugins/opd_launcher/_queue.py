@@ -120,8 +120,10 @@ def _silent_end(one: Submitted, now: float) -> Outcome | None:
     try:
         lines = one.log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LAST_LINES:]
     except FileNotFoundError:
-        lines = []
-    return Outcome(1, None, f"ended without a word (Slurm: {one.state}); its log: {one.log}", "\n".join(lines))
+        if one.state == "CANCELLED":
+            return Outcome(1, None, "cancelled before it began")
+        return Outcome(1, None, f"ended without a word, and without a log (Slurm: {one.state})")
+    return Outcome(1, None, f"ended without a word (Slurm: {one.state})", "\n".join(lines))
 
 
 def _tell(one: Submitted, end: Outcome) -> None:
@@ -129,7 +131,8 @@ def _tell(one: Submitted, end: Outcome) -> None:
         log.info("%s: finished in %.0f s, in %s", _name(one), end.seconds, one.job.folder)
         return
     shown = [f"    {line}" for line in [*end.trace.splitlines(), *end.said.splitlines()]]
-    log.info("%s: failed (exit %d); its log: %s\n%s", _name(one), end.code, one.log, "\n".join(shown))
+    place = f"; its log: {one.log}" if one.log.exists() else ""
+    log.info("%s: failed (exit %d)%s\n%s", _name(one), end.code, place, "\n".join(shown))
 
 
 def _name(one: Submitted) -> str:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
+from uuid import uuid4
 
 import opd
 from opd.artifacts.provenance import SNAPSHOT, code
@@ -35,7 +35,7 @@ def take_snapshot(folder: Path) -> Path:
     place = folder / f"code-{digest.hexdigest()}"
     if place.is_dir():
         return place
-    partial = folder / f".{place.name}.{os.getpid()}"
+    partial = folder / f".{place.name}.{uuid4().hex}"
     try:
         for file in files:
             copy = partial / file.relative_to(_ROOT)
@@ -44,5 +44,10 @@ def take_snapshot(folder: Path) -> Path:
         (partial / SNAPSHOT).write_text(json.dumps(code()) + "\n", encoding="utf-8")
         partial.replace(place)
     except OSError as error:
-        raise ConfigError(f"{place}: the code could not be copied ({error.strerror}); choose another folder") from None
+        if not place.is_dir():  # or another command has copied the same code meanwhile
+            raise ConfigError(
+                f"{place}: the code could not be copied ({error.strerror}); choose another folder"
+            ) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return place

@@ -16,6 +16,7 @@ from typing import Any
 
 import submitit
 from hydra_plugins.opd_launcher._jobs import Job
+from hydra_plugins.opd_launcher._keys import check_keys
 from hydra_plugins.opd_launcher._queue import Submitted
 from hydra_plugins.opd_launcher._slurm_job import run
 from hydra_plugins.opd_launcher._snapshot import checkout, take_snapshot
@@ -27,7 +28,6 @@ from opd.errors import ConfigError
 log = logging.getLogger("opd")
 
 _IGNORE = "trap '' USR2 TERM"  # until opd listens: they would end the shell, srun, and a Python that is still starting
-_WHOLE = ("timeout_min", "signal_delay_s", "array_parallelism")
 
 
 def check_slurm() -> None:
@@ -36,6 +36,15 @@ def check_slurm() -> None:
         raise ConfigError(
             f"hydra/launcher=slurm: no {', '.join(missing)} on the PATH here; submit from a machine of the cluster, or "
             "leave it out to run on this one"
+        )
+
+
+def check_folder(folder: Path, key: str) -> None:
+    """Raise ConfigError where Slurm would not write logs below `folder`, the value of `key`, but elsewhere."""
+    if "%" in str(folder.absolute()):
+        raise ConfigError(
+            f"{key}={folder}: Slurm puts something else for a % in the path of its logs, {folder.absolute()}; choose "
+            "another folder"
         )
 
 
@@ -52,9 +61,7 @@ def _parameters(job: Job, config: Config) -> dict[str, Any]:
     """What sbatch is asked for, in submitit's words."""
     asked: Any = OmegaConf.to_container(job.composed.hydra.launcher, resolve=True)
     hardware = config.hardware
-    for key in _WHOLE:
-        if not isinstance(asked[key], int) or asked[key] < 1:
-            raise ConfigError(f"hydra.launcher.{key}={asked[key]}: must be a whole number, 1 or more")
+    check_keys(asked)
     if asked["signal_delay_s"] >= 60 * asked["timeout_min"]:
         raise ConfigError(
             f"hydra.launcher.signal_delay_s={asked['signal_delay_s']}: not less than the time limit, "
@@ -64,6 +71,7 @@ def _parameters(job: Job, config: Config) -> dict[str, Any]:
         asked["gpus_per_node"] = hardware.processes_per_node
     if asked["cpus_per_task"] is None:
         asked["cpus_per_task"] = hardware.threads * hardware.processes_per_node
+    more = asked["additional_parameters"] or {}
     named = {
         "job_name": asked.pop("name"),
         "time": asked.pop("timeout_min"),
@@ -73,6 +81,8 @@ def _parameters(job: Job, config: Config) -> dict[str, Any]:
         "exclusive": asked.pop("exclusive") or None,
         # A dead node ends the step, or the others would wait for it.
         "srun_args": ["--kill-on-bad-exit=1", *asked.pop("srun_args")],
+        # A cluster may not requeue what does not ask for it, and then a run that has saved would not go on.
+        "additional_parameters": {**({} if {"no-requeue", "no_requeue"} & more.keys() else {"requeue": True}), **more},
         "stderr_to_stdout": True,
         "wckey": None,  # submitit's own, which some clusters refuse
     }

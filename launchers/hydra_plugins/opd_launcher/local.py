@@ -36,12 +36,13 @@ class LocalLauncher(Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run the jobs. Raises ConfigError before the first one, RunError after the last where some have failed."""
         # What is imported here is not needed by commands that launch nothing, which import this file all the same.
-        from hydra_plugins.opd_launcher._jobs import FINISHED_BEFORE, begin_sweep, checked_jobs, conclude
+        from hydra_plugins.opd_launcher._jobs import FINISHED_BEFORE, begin_sweep, checked_jobs, conclude, lasting_name
 
         from opd.artifacts.console import start_logging
 
         setup_globals()
-        jobs = checked_jobs(self._context, self._config, job_overrides, initial_job_idx, check=_check)
+        name = lasting_name(job_overrides)
+        jobs = checked_jobs(self._context, self._config, job_overrides, initial_job_idx, check=_check, name=name)
         folder = begin_sweep(self._config)
         start_logging()
         log.info("%d jobs, one after another, in %s", len(jobs), folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.utils import JobReturn, JobStatus, setup_globals
@@ -40,9 +41,12 @@ class OpdSlurmLauncher(SlurmLauncher):
             self.hydra_context, self.config, job_overrides, initial_job_idx, check=_check, mode=mode
         )
         groups = _submission.by_resources(jobs)
+        folder = Path(self.config.hydra.sweep.dir) if is_sweep else jobs[0].folder
+        _submission.check_folder(folder, "hydra.sweep.dir" if is_sweep else "run.dir")
         _submission.check_slurm()
         start_logging()
-        folder = _jobs.begin_sweep(self.config) if is_sweep else jobs[0].folder
+        if is_sweep:
+            _jobs.begin_sweep(self.config)
         submitted = _submission.submit(groups, (folder / SLURM).absolute())
         outcomes = {job.number: _jobs.FINISHED_BEFORE for job in jobs if job.config is None}
         _queue.introduce(submitted, skipped=len(outcomes), folder=folder)
