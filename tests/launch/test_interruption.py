@@ -19,6 +19,7 @@ STEPS, STEP = 6, 4
 TIMES = (f"train.max_steps={STEPS}", "train.save_every_steps=0", "train.log_every_steps=3")
 
 
+@pytest.mark.slow
 def test_a_terminated_run_saves_its_step_and_continues_as_if_nothing_had_been(words, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     code, said = finish(begin("opd", *words(whole, *TIMES)))

@@ -30,7 +30,9 @@ def own(tmp_path_factory, student, teacher, rows):
     return folder
 
 
-@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
+@pytest.mark.parametrize(
+    "launcher", [TORCHRUN, pytest.param(ACCELERATE, marks=pytest.mark.slow)], ids=["torchrun", "accelerate"]
+)
 def test_another_launcher_trains_what_opd_trains_by_itself(launcher, own, words, tmp_path):
     code, said = finish(begin(*launcher, *words("run", TWO), cwd=tmp_path))
     assert code == 0, said
@@ -40,6 +42,7 @@ def test_another_launcher_trains_what_opd_trains_by_itself(launcher, own, words,
     assert fingerprint(tmp_path / "run") == fingerprint(own)
 
 
+@pytest.mark.slow
 def test_the_rank_that_failed_is_named_under_torchrun_too(words, tmp_path):
     env = faulty(tmp_path, rank=1, fault='raise ValueError("a bug of rank 1")')
     code, said = finish(begin(*TORCHRUN, *words(tmp_path / "run", TWO), env=env))
@@ -48,6 +51,7 @@ def test_the_rank_that_failed_is_named_under_torchrun_too(words, tmp_path):
     assert ours.count("Traceback") == 1 and ours.endswith("ValueError: a bug of rank 1\n"), said
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_before_it_has_joined_does_not_leave_the_others_waiting(words, tmp_path):
     env = killed_at_its_start(tmp_path, rank=1)
     code, said = finish(begin(*TORCHRUN, *words(tmp_path / "run", TWO), env=env), 120)

@@ -26,6 +26,7 @@ def test_the_traceback_of_the_rank_that_failed_is_what_the_user_sees(words, tmp_
     assert len(losses(tmp_path / "run")) == 2  # before, and the step before
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_killed_is_named_with_the_signal(words, tmp_path):
     env = faulty(tmp_path, rank=1, fault="os.kill(os.getpid(), 9)")
     code, said = finish(begin("opd", *words(tmp_path / "run", TWO), env=env))
@@ -34,6 +35,7 @@ def test_a_rank_that_is_killed_is_named_with_the_signal(words, tmp_path):
     assert re.match(r"opd: rank 1 on \S+ was ended by SIGKILL \(.*memory", said.strip().splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_a_rank_out_of_memory_says_what_to_change(words, tmp_path):
     env = faulty(tmp_path, rank=1, fault="import torch; torch.empty(1 << 50)")
     code, said = finish(begin("opd", *words(tmp_path / "run", TWO), env=env))
@@ -54,6 +56,7 @@ def test_ctrl_c_ends_all_ranks_with_130(words, tmp_path):
     assert not any(rank.is_running() for rank in ranks)
 
 
+@pytest.mark.slow
 def test_ranks_end_with_a_launcher_that_is_killed(words, tmp_path):
     process = begin("opd", *words(tmp_path / "run", TWO, "train.max_steps=5000"))
     wait_for_step(tmp_path / "run", 2, process)
