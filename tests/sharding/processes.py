@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,19 +17,22 @@ Case = Callable[[int, Path], Any]
 """(number of processes, folder) -> what there is to compare."""
 
 
-def on_two_ranks(cases: Mapping[str, Case], folder: Path) -> dict[str, list[Any]]:
+Name = TypeVar("Name", bound=Hashable)
+
+
+def on_two_ranks(cases: Mapping[Name, Case], folder: Path) -> dict[Name, list[Any]]:
     """{case: what each rank tells}."""
     processes = [FORKS.Process(target=_rank, args=(rank, str(folder), cases), daemon=True) for rank in range(RANKS)]
     for process in processes:
         process.start()
     for process in processes:
         process.join(timeout=600)
-        assert process.exitcode == 0, "a rank failed; its traceback stands above"
+        assert process.exitcode == 0, "a rank failed, or waits for the other; its traceback stands above"
     told = [torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in range(RANKS)]
     return {name: [part[name] for part in told] for name in cases}
 
 
-def _rank(rank: int, folder: str, cases: Mapping[str, Case]) -> None:
+def _rank(rank: int, folder: str, cases: Mapping[Hashable, Case]) -> None:
     transformers_logging.set_verbosity_error()
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS), LOCAL_WORLD_SIZE=str(RANKS))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import weakref
 from collections.abc import Callable, Sequence
@@ -9,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from contract.command import FORKS
 from contract.tiny import PAD, VOCABULARY, as_needed, make_examples, make_model, make_models, some_of_the_step, train
 from contract.variants import VARIANTS, Variant, changed, needs_of, per_micro_batch, tiny_config
-from transformers.utils import logging as transformers_logging
+from sharding import processes
 
 from opd.config import Config, LoRA
 from opd.data import DataSet
@@ -28,7 +27,6 @@ from opd.sharding import gathered, parameter_bytes
 from opd.sources import Mixture, Sampling, SequenceSource, sample
 from opd.teachers import LocalTeacher, WithoutAdapter, asked_unevenly
 
-RANKS = 2
 VIEWS = [TokenView([3, 9, 4, 7, 11], [False, False, True, True, True]), TokenView([8, 2, 30], [False, True, True])]
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -221,14 +219,11 @@ Case = tuple[str, str, Any]
 
 def on_two_ranks(folder: Path, cases: Sequence[Case]) -> dict[tuple[str, str, str], list[dict[str, Any]]]:
     """{case: what each rank tells}, all of it from one pair of processes."""
-    processes = [FORKS.Process(target=_rank, args=(rank, str(folder), cases), daemon=True) for rank in range(RANKS)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=400)
-        assert process.exitcode == 0, "a rank failed, or waits for the other; its traceback stands above"
-    told = [torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in range(RANKS)]
-    return {key: [part[key] for part in told] for key in told[0]}
+    return processes.on_two_ranks({key_of(case): functools.partial(_told, case) for case in cases}, folder)
+
+
+def _told(case: Case, world_size: int, folder: Path) -> dict[str, Any]:
+    return alone(folder, case)
 
 
 def alone(folder: Path, case: Case) -> dict[str, Any]:
@@ -239,13 +234,3 @@ def alone(folder: Path, case: Case) -> dict[str, Any]:
 
 def key_of(case: Case) -> tuple[str, str, str]:
     return case[0], case[1], str(case[2])
-
-
-def _rank(rank: int, folder: str, cases: Sequence[Case]) -> None:
-    transformers_logging.set_verbosity_error()
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS), LOCAL_WORLD_SIZE=str(RANKS))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # accelerate asks; the ranks meet in a file
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
-    torch.save({key_of(case): alone(Path(folder), case) for case in cases}, f"{folder}/rank-{rank}.pt")
-    dist.destroy_process_group()
