@@ -1,6 +1,6 @@
 """SIGKILL at random steps and in the middle of a save, again and again, until the run ends; against one never killed.
 
-python -m contract.kills [METHOD…]      (in tests/) prints the table of docs/launching.md
+python -m contract.kills [METHOD…]      (in tests/) prints a table
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import itertools
 import os
 import random
 import re
-import signal
 import subprocess
 import sys
 import tempfile
@@ -97,14 +96,21 @@ class _Command:
         """As soon as metrics.jsonl tells of this step."""
         while not self._has_begun() or max((done for done, _ in train_losses(folder)), default=0) < step:
             self._wait()
-        return self._kill(folder)
+        return self._kill(folder, self._everyone())
 
     def kill_in_save(self, folder: Path, share: float) -> bool:
-        """A share of a save's usual time after one has begun."""
-        while not self._has_begun() or not any((folder / ".saving").glob("checkpoint-*/*")):
+        """A share of a save's usual time after one has begun, of the first save that is not over by then."""
+        while not self._has_begun():
             self._wait(0.0005)
-        time.sleep(0.02 * share)
-        return self._kill(folder)
+        everyone = None
+        while True:
+            while not any((folder / ".saving").glob("checkpoint-*/*")):
+                self._wait(0.0005)
+            # Looking for the processes takes as long as a save: those of the first serve for all.
+            everyone = everyone or self._everyone()
+            time.sleep(0.003 * share)
+            if self._kill(folder, everyone, only_in_save=True):
+                return True
 
     def _has_begun(self) -> bool:
         """Whether what lies in the folder is of this command: it first cuts off what follows the checkpoint."""
@@ -114,16 +120,20 @@ class _Command:
         assert self._process.poll() is None and time.monotonic() < self._deadline, self.said[-3000:]
         time.sleep(pace)
 
-    def _kill(self, folder: Path) -> bool:
+    def _everyone(self) -> list[psutil.Process]:
+        command = psutil.Process(self._process.pid)
+        return [command, *command.children(recursive=True)]
+
+    def _kill(self, folder: Path, everyone: list[psutil.Process], *, only_in_save: bool = False) -> bool:
         """Every process at once, as a node dies; whether a save was under way."""
-        everyone = [*psutil.Process(self._process.pid).children(recursive=True), psutil.Process(self._process.pid)]
         for process in everyone:
-            process.send_signal(signal.SIGSTOP)  # nobody tidies up after another's death
+            process.suspend()  # nobody tidies up after another's death
         in_save = any((folder / ".saving").glob("checkpoint-*/*"))
         for process in everyone:
-            process.kill()
-        psutil.wait_procs(everyone)
-        self._process.wait()
+            process.resume() if only_in_save and not in_save else process.kill()
+        if in_save or not only_in_save:
+            psutil.wait_procs(everyone)
+            self._process.wait()
         return in_save
 
 

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-from transformers.utils import logging as transformers_logging
-
-from contract.command import FORKS
+from contract.processes import on_two_ranks
 from contract.tiny import Told, some_of_the_step, train
 from contract.variants import ALL_VARIANTS, DEFAULTS, VARIANTS, Variant, needs_of, per_micro_batch, tiny_config
-
-RANKS = 2
 
 
 def rows_of_the_first_rank(number: int, kind: str) -> bool:
@@ -48,31 +42,16 @@ def train_case(case: str, variant: Variant, world_size: int, folder: Path) -> To
 
 def train_on_two_ranks(folder: Path, cases: Sequence[str]) -> dict[tuple[str, str], list[dict[str, Any]]]:
     """{(case, variant): what each rank tells}."""
-    processes = [FORKS.Process(target=_rank, args=(rank, str(folder), cases), daemon=True) for rank in range(RANKS)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=400)
-        assert process.exitcode == 0, "a rank failed; its traceback stands above"
-    told = [torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in range(RANKS)]
-    return {key: [part[key] for part in told] for key in told[0]}
+    return on_two_ranks(
+        {(case, str(variant)): partial(_told, case, variant) for case in cases for variant in CASES[case][1]}, folder
+    )
 
 
-def _rank(rank: int, folder: str, cases: Sequence[str]) -> None:
-    transformers_logging.set_verbosity_error()
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS), LOCAL_WORLD_SIZE=str(RANKS))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # accelerate asks; the ranks meet in a file
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
-    told = {}
-    for case in cases:
-        for variant in CASES[case][1]:
-            one = train_case(case, variant, RANKS, Path(folder))
-            told[case, str(variant)] = {
-                "named": one.named[0],
-                "gradient": one.gradients[0],
-                "rollouts": one.rollouts,
-                "weights": one.student.state_dict(),
-            }
-    torch.save(told, f"{folder}/rank-{rank}.pt")
-    dist.destroy_process_group()
+def _told(case: str, variant: Variant, world_size: int, folder: Path) -> dict[str, Any]:
+    one = train_case(case, variant, world_size, folder)
+    return {
+        "named": one.named[0],
+        "gradient": one.gradients[0],
+        "rollouts": one.rollouts,
+        "weights": one.student.state_dict(),
+    }

@@ -11,13 +11,13 @@ import pytest
 import torch
 from contract.command import words_of, write_inputs
 from contract.kills import assert_equal_to_the_bit, killed_and_whole
+from contract.processes import on_two_ranks
 from contract.test_resume import LORA
 from contract.tiny import SHAPES, assert_same_numbers, distance, make_model
 from contract.variants import ALL_VARIANTS, DEFAULTS, ROOT, VARIANTS, needs_of
 from transformers import AutoModelForCausalLM
 
 from sharding import fsdp2
-from sharding.processes import on_two_ranks
 
 SAMPLING = next(variant for variant in DEFAULTS if needs_of(variant).rollouts)
 FROM_DATA = next(variant for variant in DEFAULTS if not needs_of(variant).rollouts)

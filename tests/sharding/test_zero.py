@@ -18,8 +18,9 @@ from opd.hardware_conditions import hardware_problems
 
 pytest.importorskip("deepspeed", reason="pip install 'opd[deepspeed]'")
 
+from contract.processes import on_two_ranks
+
 from sharding import zero
-from sharding.processes import on_two_ranks
 
 STAGES = ("zero1", "zero2", "zero3")
 SAMPLING = next(variant for variant in DEFAULTS if needs_of(variant).rollouts)

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from contract import processes
 from contract.tiny import PAD, VOCABULARY, as_needed, make_examples, make_model, make_models, some_of_the_step, train
 from contract.variants import VARIANTS, Variant, changed, needs_of, per_micro_batch, tiny_config
-from sharding import processes
 
 from opd.config import Config, LoRA
 from opd.data import DataSet

@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from contract.command import FORKS
 from transformers.utils import logging as transformers_logging
+
+from contract.command import FORKS
 
 RANKS = 2
 Case = Callable[[int, Path], Any]
