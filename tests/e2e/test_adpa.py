@@ -15,60 +15,10 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from contract.command import fingerprint, start, train_losses
-from safetensors.torch import load_file
 
+from e2e.adpa_graph import STAGES, STEPS, TRAINED, assert_close, graph, made, result_of, told, words
 from e2e.command import ENVIRONMENT, ROOT
-
-STEPS = 6
-TRAINED = ("ref_teacher", "student_sft", "dpo_teacher", "student_dckd")
-STAGES = ["student_sft", "ref_teacher", "dpo_teacher", "responses", "scores"]
-TINY = [
-    "method=adpa",
-    "data=walk_bold",
-    *(f"model.{role}.recipe.{size}" for role in ("student", "teacher") for size in ("steps=3", "batch_size=8")),
-    *(f"model.{role}.recipe.hidden_size=16" for role in ("student", "teacher")),
-    "data.limit=48",
-    "data.eval_prompts=8",
-    "evaluation.sampled=false",
-    "evaluation.divergence=false",
-    "train.eval_every_steps=0",
-    "rollout.batch_size=4",
-    *(f"{run}train.max_steps={STEPS}" for run in ("", *(f"stages.{name}." for name in TRAINED))),
-    *(f"{run}train.batch_size=8" for run in ("", *(f"stages.{name}." for name in TRAINED))),
-    "train.save_every_steps=2",
-    "stages.dpo_teacher.train.save_every_steps=2",
-    "stages.dpo_teacher.train.eval_every_steps=0",
-    "stages.ref_teacher.data.limit=32",
-    "stages.student_sft.data.limit=32",
-]
-
-
-def words(place: Path, *more: str, store: Path | None = None) -> list[str]:
-    return [*TINY, f"artifacts.dir={store or place / 'store'}", f"run.dir={place / 'run'}", *more]
-
-
-def graph(place: Path, *more: str, store: Path | None = None):
-    """The whole command, to its good end."""
-    place.mkdir(exist_ok=True)
-    return start(words(place, *more, store=store), place / "log").finish()
-
-
-def told(place: Path) -> dict[str, dict]:
-    """The stages of the run, as its stages.json has them."""
-    return {stage["stage"]: stage for stage in json.loads((place / "run" / "stages.json").read_text())}
-
-
-def made(place: Path) -> list[str]:
-    """The stages that the last command made."""
-    return [name for name, stage in told(place).items() if not stage["reused"]]
-
-
-def result_of(place: Path, name: str) -> Path:
-    """What a reference to the stage stands for."""
-    folder = place / "store" / told(place)[name]["address"]
-    return folder / "final_model" if (folder / "final_model").is_dir() else folder
 
 
 def written(folder: Path) -> dict[str, int]:
@@ -314,13 +264,6 @@ def test_answers_and_scores_can_be_the_end_of_the_graph(whole, place):
         assert (place / "run" / file).read_bytes() == (result_of(whole, mode) / file).read_bytes()
 
 
-def assert_close(run: Path, other: Path) -> None:
-    ours, theirs = (load_file(folder / "final_model" / "model.safetensors") for folder in (run, other))
-    assert ours.keys() == theirs.keys()
-    for name, tensor in ours.items():
-        torch.testing.assert_close(tensor, theirs[name], rtol=1e-3, atol=1e-5)
-
-
 @pytest.mark.slow
 def test_a_sweep_makes_what_its_runs_share_once(place):
     folder = place / "sweep"
@@ -354,3 +297,13 @@ def test_on_two_ranks_an_interrupted_graph_continues_and_ends_where_one_rank_doe
     assert again.returncode == 0, again.stdout[-3000:]
     assert made(place) == ["dpo_teacher", "responses", "scores"]
     assert_close(place / "run", whole / "run")
+
+
+@pytest.mark.slow
+def test_torchrun_trains_the_stages_too(whole, tmp_path):
+    torchrun = [sys.executable, *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "opd")]
+    command = [*torchrun, *words(tmp_path, "hardware=cpu_2rank", "train.micro_batch_size=4")]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert made(tmp_path) == STAGES
+    assert_close(tmp_path / "run", whole / "run")

@@ -109,9 +109,7 @@ def test_commands_that_copy_the_same_code_at_once_share_the_copy(tmp_path):
         ("NODE_FAIL", "a last line", "ended without a word (Slurm: NODE_FAIL)"),
     ],
 )
-def test_a_job_without_a_word_is_told_with_its_log_once_and_only_if_there_is_one(
-    composed, tmp_path, caplog, monkeypatch, state, log, said
-):
+def test_a_job_without_a_word_is_told_with_its_log_once_and_only_if_there_is_one(composed, tmp_path, state, log, said):
     _, (job,) = composed([], [["method=gkd"]])
     one = _queue.Submitted(job, "12", tmp_path / "logs", state, ended_at=0)
     if log:
@@ -119,8 +117,6 @@ def test_a_job_without_a_word_is_told_with_its_log_once_and_only_if_there_is_one
         one.log.write_text(f"{log}\n")
     end = _queue._silent_end(one, now=60)
     assert end is not None and (end.code, end.said) == (1, said)
-    monkeypatch.setattr(_queue.log, "propagate", True)
-    with caplog.at_level("INFO", logger="opd"):
-        _queue._tell(one, end)
-    assert caplog.text.count(str(one.log)) == (1 if log else 0)
-    assert said in caplog.text and (log or "") in caplog.text
+    told = _queue._told(one, end)
+    assert told.count(str(one.log)) == (1 if log else 0)
+    assert said in told and (log or "") in told

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 
 import pytest
 from launch.commands import HOLD, begin, faulty, fingerprint, finish, losses, wait_for_step
@@ -22,10 +24,15 @@ def jobs(slurm, tmp_path_factory, student, teacher, rows):
 
 @pytest.fixture(scope="module")
 def whole(jobs):
-    """The run that nothing interrupts, of as many ranks, on this machine."""
-    run = jobs.folder / "whole"
-    code, said = finish(begin("opd", *jobs.words(run, *TIMES, f"train.max_steps={STEPS}", "hardware=cpu_2rank")))
-    assert code == 0, said
+    """The run that nothing interrupts, of as many ranks and the same sharding, on this machine."""
+
+    @cache
+    def run(sharding: str = "ddp") -> Path:
+        folder, own = jobs.folder / f"whole-{sharding}", ("hardware=cpu_2rank", f"hardware.sharding={sharding}")
+        code, said = finish(begin("opd", *jobs.words(folder, *TIMES, f"train.max_steps={STEPS}", *own)))
+        assert code == 0, said
+        return folder
+
     return run
 
 
@@ -34,8 +41,8 @@ def submitted(jobs):
     """Submits the run on two machines; it waits in a step until a signal comes."""
     hold = faulty(jobs.folder, rank=0, fault=HOLD, step=STEP - 1)
 
-    def submit(name: str, *options: str) -> str:
-        more = (*TIMES, "hardware.processes_per_node=1")
+    def submit(name: str, *options: str, sharding: str = "ddp") -> str:
+        more = (*TIMES, "hardware.processes_per_node=1", f"hardware.sharding={sharding}")
         job = jobs.submit(name, *options, more=more, MAX_STEPS=str(STEPS), **hold)
         wait_for_step(jobs.folder / name, STEP - 1)
         return job
@@ -56,12 +63,15 @@ def end_time(slurm: Cluster, job: str) -> None:
     slurm.call("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}")
 
 
-@pytest.mark.parametrize("interrupt", [warn, preempt, end_time])
+@pytest.mark.parametrize(
+    ("interrupt", "sharding"),
+    [(warn, "ddp"), (preempt, "ddp"), (end_time, "ddp"), (preempt, "fsdp2"), (warn, "zero2"), (warn, "zero3")],
+)
 def test_a_job_saves_and_is_requeued_and_ends_as_if_nothing_had_been(
-    interrupt: Callable[[Cluster, str], None], submitted, jobs, slurm, whole
+    interrupt: Callable[[Cluster, str], None], sharding: str, submitted, jobs, slurm, whole
 ):
-    name = interrupt.__name__
-    job = submitted(name, "--signal=USR2@50")
+    name = f"{interrupt.__name__}-{sharding}"
+    job = submitted(name, "--signal=USR2@50", sharding=sharding)
     interrupt(slurm, job)
     until(lambda: f"job {job} is requeued and continues from there" in jobs.said(name), seconds=90)
     assert (jobs.folder / name / f"checkpoint-{STEP}").is_dir()
@@ -71,8 +81,8 @@ def test_a_job_saves_and_is_requeued_and_ends_as_if_nothing_had_been(
     assert slurm.show(job)["Restarts"] == "1"
     assert jobs.said(name).count("interrupted; ") == 1
     assert f"continues the interrupted run in {name} from step {STEP}" in jobs.said(name)
-    assert losses(jobs.folder / name) == losses(whole)
-    assert fingerprint(jobs.folder / name) == fingerprint(whole)
+    assert losses(jobs.folder / name) == losses(whole(sharding))
+    assert fingerprint(jobs.folder / name) == fingerprint(whole(sharding))
 
 
 def test_a_cancelled_job_has_saved_and_does_not_come_back_by_itself(submitted, jobs, slurm, whole):
@@ -84,5 +94,5 @@ def test_a_cancelled_job_has_saved_and_does_not_come_back_by_itself(submitted, j
     more = (*TIMES, "hardware.processes_per_node=1")
     again = jobs.submit("cancelled", more=more, MAX_STEPS=str(STEPS))
     assert slurm.ended(again) == "COMPLETED", jobs.said("cancelled")
-    assert losses(jobs.folder / "cancelled") == losses(whole)
-    assert fingerprint(jobs.folder / "cancelled") == fingerprint(whole)
+    assert losses(jobs.folder / "cancelled") == losses(whole())
+    assert fingerprint(jobs.folder / "cancelled") == fingerprint(whole())

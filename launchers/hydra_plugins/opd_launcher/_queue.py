@@ -78,7 +78,7 @@ def wait_for(submitted: list[Submitted]) -> dict[int, Outcome]:
             end = _written(one) or _silent_end(one, now)
             if end is not None:
                 outcomes[one.job.number] = end
-                _tell(one, end)
+                log.info("%s", _told(one, end))
         time.sleep(1)
     return outcomes
 
@@ -126,13 +126,13 @@ def _silent_end(one: Submitted, now: float) -> Outcome | None:
     return Outcome(1, None, f"ended without a word (Slurm: {one.state})", "\n".join(lines))
 
 
-def _tell(one: Submitted, end: Outcome) -> None:
+def _told(one: Submitted, end: Outcome) -> str:
+    """What is said of a job that ended: in one line, or with the last lines of what it printed."""
     if end.code == 0:
-        log.info("%s: finished in %.0f s, in %s", _name(one), end.seconds, one.job.folder)
-        return
+        return f"{_name(one)}: finished in {end.seconds:.0f} s, in {one.job.folder}"
     shown = [f"    {line}" for line in [*end.trace.splitlines(), *end.said.splitlines()]]
     place = f"; its log: {one.log}" if one.log.exists() else ""
-    log.info("%s: failed (exit %d)%s\n%s", _name(one), end.code, place, "\n".join(shown))
+    return "\n".join([f"{_name(one)}: failed (exit {end.code}){place}", *shown])
 
 
 def _name(one: Submitted) -> str:
