@@ -51,6 +51,7 @@ def test_the_readme_has_commands_for_the_cpu_and_stays_short():
     assert "make demo" in "\n".join(README.splitlines()[:15])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
     [pytest.param(command, marks=pytest.mark.slow) if MINUTES.search(command) else command for command in COMMANDS],

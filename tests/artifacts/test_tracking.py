@@ -132,6 +132,7 @@ def test_a_killed_run_continues_its_curve_whatever_the_tracker(inputs, tmp_path)
     assert len(files) == 2 and {file.stem for file in files} == {f"run-{read_run(files[-1]).run_id}"}
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_its_events(inputs, tmp_path):
     folder = tmp_path / "run"
     kill_after(EVERY + 2, run(inputs, folder, "tracking=tensorboard"), folder)
@@ -146,6 +147,7 @@ def test_wandb_that_is_disabled_writes_nothing(inputs, tmp_path):
     assert not (folder / "wandb").exists() and sorted(told(folder)) == list(range(STEPS + 1))
 
 
+@pytest.mark.slow
 def test_online_without_a_key_is_offline_with_one_line(inputs, tmp_path):
     folder = tmp_path / "run"
     command = run(inputs, folder, *WANDB, "tracking.mode=online").finish()

@@ -74,8 +74,17 @@ def test_a_method_and_its_stages_are_valid_on_every_hardware(method, hardware, t
     validated(raw)
 
 
-@pytest.mark.parametrize("choice", [f"{group}={option}" for group in GROUPS for option in options(group)])
-@pytest.mark.parametrize("method", METHODS)
+CHOICES = [f"{group}={option}" for group in GROUPS for option in options(group)]
+
+
+@pytest.mark.parametrize(
+    ("method", "choice"),
+    [  # by default each choice with every third method
+        pytest.param(method, choice, marks=[pytest.mark.slow] * ((i + j) % 3 > 0))
+        for i, method in enumerate(METHODS)
+        for j, choice in enumerate(CHOICES)
+    ],
+)
 def test_a_method_is_valid_with_every_data_and_model(method, choice, files):
     raw = run_alone(compose(f"method={method}", choice, *files.get(choice, [])))
     needs = CLASSES[method](CLASSES[method].Config(**raw["method"])).needs

@@ -145,6 +145,7 @@ def assert_split_does_not_matter(variant, sizes):
         assert_same_step(part, whole(variant))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_in_double_precision_only_rounding_is_left_of_the_split(variant):
     one, other = (train(with_rows(variant, n), empties=some_of_the_step, dtype=torch.float64) for n in (16, 5))

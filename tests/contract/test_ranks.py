@@ -21,8 +21,8 @@ def two_ranks(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def two_ranks_normalised(tmp_path_factory):
-    return train_on_two_ranks(tmp_path_factory.mktemp("normalised"), ["normalised"])
+def two_ranks_with_options(tmp_path_factory):
+    return train_on_two_ranks(tmp_path_factory.mktemp("optional"), ["optional"])
 
 
 def pairs(*cases):
@@ -35,9 +35,9 @@ def test_two_ranks_give_the_loss_the_gradient_and_the_metrics_of_one(case, varia
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("case", "variant"), pairs("normalised"))
-def test_two_ranks_normalise_as_one_does(case, variant, two_ranks_normalised, tmp_path):
-    assert_ranks_are_one(two_ranks_normalised[case, str(variant)], train_case(case, variant, 1, tmp_path))
+@pytest.mark.parametrize(("case", "variant"), pairs("optional"))
+def test_two_ranks_with_options_do_what_one_does(case, variant, two_ranks_with_options, tmp_path):
+    assert_ranks_are_one(two_ranks_with_options[case, str(variant)], train_case(case, variant, 1, tmp_path))
 
 
 def assert_ranks_are_one(ranks, alone):

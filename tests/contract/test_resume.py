@@ -69,6 +69,7 @@ def test_a_killed_run_continues_to_the_bit(variant, inputs, tmp_path):
     assert timeless[0] == timeless[1]
 
 
+@pytest.mark.slow
 def test_a_killed_run_of_adapters_with_dropout_continues_to_the_bit(inputs, tmp_path):
     assert_kill_and_resume_is_exact(SAMPLING, inputs, tmp_path, LORA)
 

@@ -173,7 +173,7 @@ def test_an_interrupted_command_says_so_continues_when_repeated_and_is_refused_w
     tmp_path, rows, student, teacher
 ):
     run = tmp_path / "run"
-    words = file_run(run, rows, student, teacher, "train.max_steps=200", "train.save_every_steps=20", *ON_POLICY)
+    words = file_run(run, rows, student, teacher, "train.max_steps=60", "train.save_every_steps=20", *ON_POLICY)
     command = [sys.executable, "-m", "opd", *words]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     # In the background of a shell, as CI may run this, a process is born deaf to Ctrl-C.
@@ -192,7 +192,7 @@ def test_an_interrupted_command_says_so_continues_when_repeated_and_is_refused_w
     again = shell(*words)
     assert again.code == 0, again.stderr
     assert f"continues the interrupted run in {run} from step " in again.stdout
-    check_run(run, steps=200)
+    check_run(run, steps=60)
 
     finished = shell(*words)
     assert finished.code == 2

@@ -152,6 +152,7 @@ def test_mode_eval_measures_a_final_model_as_its_run_did(tmp_path, distilled, ro
     assert not (tmp_path / "run" / "final_model").exists()
 
 
+@pytest.mark.slow
 def test_a_lora_student_is_asked_with_its_adapter(tmp_path, rows, student, expert, tasks):
     train = ("train.max_steps=60", "train.learning_rate=0.05", "method.lmbda=0")
     words = file_run(tmp_path / "run", rows, student, expert, *train, *QUICK, LORA, asked(*tasks))
@@ -165,6 +166,7 @@ def test_a_lora_student_is_asked_with_its_adapter(tmp_path, rows, student, exper
     assert documents[0] != documents[1] and before.keys() == after.keys()
 
 
+@pytest.mark.slow
 def test_tasks_do_not_disturb_the_training(tmp_path, rows, student, teacher, tasks):
     """To the bit; with dropout, which draws from the global generator, and few-shot examples, which are drawn."""
     lora = LORA.replace("dropout:0.0", "dropout:0.2")

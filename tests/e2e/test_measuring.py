@@ -55,6 +55,7 @@ def test_an_evaluation_during_training_is_that_of_the_checkpoint_of_its_step(tra
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("every", "shown"), [(1, list(range(1, STEPS + 1))), (0, []), (4, [4])])
 def test_rollouts_are_written_as_often_as_asked(trained, every, shown):
     folder = trained("run", f"train.sample_every_steps={every}", "train.log_every_steps=100")
@@ -72,6 +73,7 @@ def test_every_steps_loss_and_gradient_norm_are_logged_when_asked(trained):
     assert all(line["train/grad_norm"] > 0 for line in told)
 
 
+@pytest.mark.slow
 def test_how_often_a_run_logs_changes_no_bit_of_it(trained):
     folders = [trained(f"every{n}", f"train.log_every_steps={n}", f"train.sample_every_steps={n - 1}") for n in (1, 3)]
     assert fingerprint(folders[0]) == fingerprint(folders[1])

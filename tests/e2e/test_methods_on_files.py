@@ -245,6 +245,7 @@ def test_opsd_learns_from_rows_with_privileged_messages(tmp_path, privileged_row
 _DROPOUT = (LORA.replace("dropout:0.0", "dropout:0.5"),)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "lora"),
     [

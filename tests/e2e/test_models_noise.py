@@ -9,6 +9,7 @@ from e2e.model_folders import file_run
 from e2e.pair_rows import LORA
 
 
+@pytest.mark.slow
 def test_a_command_prints_nothing_of_libraries_that_it_does_not_use(tmp_path, rows, student, teacher):
     answer = shell(*file_run(tmp_path / "run", rows, student, teacher, "mode=check"))
     assert answer.code == 0, answer.stderr

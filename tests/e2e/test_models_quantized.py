@@ -49,7 +49,13 @@ def trained(folder):
     return [record for record in read_metrics(folder) if "train/loss" in record]
 
 
-@pytest.mark.parametrize(("bits", "precision"), [("8bit", "fp32"), ("4bit", "fp32"), ("4bit", "bf16")])
+@pytest.mark.parametrize(
+    ("bits", "precision"),
+    [
+        ("4bit", "fp32"),
+        *(pytest.param(*other, marks=pytest.mark.slow) for other in (("8bit", "fp32"), ("4bit", "bf16"))),
+    ],
+)
 def test_a_quantized_student_learns_on_its_rollouts(tmp_path, rows, student, bold_teacher, bits, precision):
     more = (*LEARNING, quantized(bits), f"hardware.precision={precision}", "train.max_steps=20", "train.batch_size=16")
     words = file_run(tmp_path / "run", rows, student, bold_teacher, *more, f"model.teacher.quantization={bits}")
@@ -68,6 +74,7 @@ def test_a_quantized_student_learns_on_its_rollouts(tmp_path, rows, student, bol
     assert "quantization_config" not in json.loads((tmp_path / "run" / "final_model" / "config.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", ONE_QUICKLY)
 def test_a_resumed_quantized_run_is_the_whole_one(tmp_path, rows, student, bold_teacher, bits):
     more = (*LEARNING, quantized(bits), "train.max_steps=4", "train.save_every_steps=2")

@@ -58,6 +58,7 @@ def limited(room, words):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits a process by what Linux says of it")
 @pytest.mark.parametrize(
     ("room", "begun"),

@@ -122,6 +122,7 @@ def test_a_precomputed_reference_is_found_again_and_made_anew_when_its_model_or_
     assert new_after("hardware.precision=bf16") == 1
 
 
+@pytest.mark.slow
 def test_the_reference_of_an_adapter_is_made_anew_when_its_base_changes(tmp_path, pairs, student):
     base = Path(shutil.copytree(student, tmp_path / "base"))
     first = run(tmp_path / "first", *pair_run(tmp_path / "first", pairs, base, None, "method=dpo", LORA))

@@ -97,6 +97,7 @@ def test_a_changed_recipe_has_another_address(walk, artifacts):
     assert len(kept(artifacts, "teacher") - teachers) == 1
 
 
+@pytest.mark.slow
 def test_a_making_that_is_killed_leaves_nothing_that_could_be_taken_for_a_model(walk, artifacts, monkeypatch):
     from opd import embedded
 

@@ -30,6 +30,7 @@ def own(tmp_path_factory, student, teacher, rows):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "launcher", [TORCHRUN, pytest.param(ACCELERATE, marks=pytest.mark.slow)], ids=["torchrun", "accelerate"]
 )

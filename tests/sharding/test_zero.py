@@ -110,6 +110,7 @@ def assert_ranks_are_one(case, told, alone):
     assert all(share <= rank["bytes"] / alone["bytes"] < share + 0.01 for rank in told)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", RESUMED)
 def test_a_resumed_training_is_the_uninterrupted_one_to_the_bit(case, ranks):
     for whole, again in ranks[case]:
@@ -118,6 +119,7 @@ def test_a_resumed_training_is_the_uninterrupted_one_to_the_bit(case, ranks):
         assert all(torch.equal(again["weights"][name], value) for name, value in whole["weights"].items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", EMPTY)
 def test_a_step_without_a_loss_token_changes_no_weight_and_keeps_the_schedule(case, ranks, tmp_path):
     alone = EMPTY[case](1, tmp_path)
@@ -130,6 +132,7 @@ def test_a_step_without_a_loss_token_changes_no_weight_and_keeps_the_schedule(ca
     assert not all(torch.equal(third[name], value) for name, value in second.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", HALF)
 def test_half_precision_trains_as_autocast_does_but_for_rounding(case, ranks):
     """Weights that are read are bf16 here and float32 there; what the optimizer moves is float32 in both."""
@@ -141,20 +144,24 @@ def test_half_precision_trains_as_autocast_does_but_for_rounding(case, ranks):
     assert dtypes == [{torch.bfloat16}, {torch.float32}]  # and so the second training was not DeepSpeed's
 
 
+@pytest.mark.slow
 def test_a_gathered_student_answers_one_rank_alone(ranks):
     first, _ = ranks["alone"]
     torch.testing.assert_close(*first["logits"], rtol=0, atol=1e-6)
     assert first["communicates"] == (True, False)
 
 
+@pytest.mark.slow
 def test_models_load_whole_while_stage_3_trains(ranks):
     assert not any(rank["loads_in_parts"] for rank in ranks["alone"])
 
 
+@pytest.mark.slow
 def test_the_base_under_an_adapter_lies_as_the_student_does(ranks):
     assert ranks["base"] == [(True, False)] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", FROZEN)
 def test_a_teacher_in_parts_says_what_the_whole_one_does(case, ranks):
     for rank in ranks[case]:

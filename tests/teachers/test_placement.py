@@ -183,11 +183,12 @@ METHODS_BY_COMMAND = [  # method, what else is said
 
 
 COMMANDS = [
-    pytest.param(placement, method, words, id=f"{placement}-{method}", marks=[pytest.mark.slow] * (number > 0))
-    for number, (placement, (method, words)) in enumerate(itertools.product(PLACEMENTS, METHODS_BY_COMMAND))
+    pytest.param(placement, method, words, id=f"{placement}-{method}")
+    for placement, (method, words) in itertools.product(PLACEMENTS, METHODS_BY_COMMAND)
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("placement", "method", "words"), COMMANDS)
 def test_the_command_places_the_teacher_and_trains_what_one_process_does(placement, method, words, tmp_path):
     """The checks before training, three steps, and evaluations of five rows around them, on two ranks."""
