@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opd import interruption
+from opd.artifacts.folders import make_folder
 from opd.artifacts.run_folder import RANK_LOGS, RunFolder
 from opd.config import Config, parse
 from opd.errors import ConfigError
@@ -63,7 +64,7 @@ def launch(config: Config) -> None:
     name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{next(_numbers)}"
     logs = Path(config.run.dir).resolve() / RANK_LOGS / name
     if _leader is not None or config.hardware.world_size > 1:
-        _make(logs, config)
+        make_folder(logs, key=f"run.dir={config.run.dir}")
     if config.hardware.world_size == 1 or config.is_embedded:
         from opd import pipeline  # seconds, and memory that the ranks could use
 
@@ -85,15 +86,6 @@ def launch(config: Config) -> None:
         from opd.ranks import Node, run_ranks
 
         conclude([run_ranks(config, logs, name, Node())])
-
-
-def _make(logs: Path, config: Config) -> None:
-    try:
-        logs.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"run.dir={config.run.dir}: cannot be made ({error.strerror}); choose another folder"
-        ) from None
 
 
 def check_place(config: Config) -> None:
@@ -156,7 +148,7 @@ def _check_device(config: Config) -> None:
     if hardware.device == "cuda" and torch.cuda.device_count() < hardware.processes_per_node:
         raise ConfigError(
             f"hardware={hardware.name}: needs {hardware.processes_per_node} CUDA devices, and this machine has "
-            f"{torch.cuda.device_count()}; use hardware=cpu_tiny"
+            f"{torch.cuda.device_count()}; use hardware=cpu_tiny, or hardware=laptop, which takes what is there"
         )
     if hardware.device == "mps" and not torch.backends.mps.is_available():
         raise ConfigError("hardware.device=mps: this machine has none; use hardware.device=cpu")

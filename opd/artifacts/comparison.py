@@ -23,6 +23,7 @@ from opd.artifacts.comparison_tables import (
     settings_table,
     wrap,
 )
+from opd.artifacts.folders import make_folder
 from opd.artifacts.plots import Plot
 from opd.artifacts.report import environment
 from opd.artifacts.table import before_after_table, direction_of
@@ -74,10 +75,7 @@ def compare(
 
 def write_comparison(comparison: Comparison, folder: Path) -> Path:
     """Writes comparison.md, comparison.html and the plots into `folder`; returns the path of the page."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--out {folder}: cannot be made ({error.strerror}); choose another folder") from None
+    make_folder(folder, key=f"--out {folder}")
     context: dict[str, Any] = {"comparison": comparison, "plots": _plots(comparison, folder)}
     context["folders"] = [
         (setting.label, run.seed, str(run.folder)) for setting in comparison.settings for run in setting.runs

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from datetime import datetime, timezone
@@ -37,7 +38,7 @@ def provenance(*, seed: int, models: dict[str, str | None], data: dict[str, str]
     """
     return {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join([Path(sys.executable).name, "-m", "opd", *sys.argv[1:]]),
+        "command": shlex.join([Path(sys.executable).name, "-m", "opd", *sys.argv[1:]]),
         "code": code(),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
         "hardware": _hardware(),

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from filelock import BaseFileLock, FileLock, Timeout
 
+from opd.artifacts.folders import make_folder
 from opd.config import Config
 from opd.errors import ConfigError, FinishedError, RunError
 
@@ -101,12 +102,7 @@ class RunFolder:
 
     def create(self) -> None:
         """Make the folder, or take up an interrupted one: what was logged after its last checkpoint is cut off."""
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(
-                f"run.dir={self.path}: cannot be made ({error.strerror}); choose another folder"
-            ) from None
+        make_folder(self.path, key=f"run.dir={self.path}")
         self._lock = FileLock(self.path / _LOCK, blocking=False)
         try:
             self._lock.acquire()

@@ -31,7 +31,7 @@ from filelock import AcquireReturnProxy, FileLock, Timeout
 from opd import __version__
 from opd.artifacts import digests
 from opd.artifacts.digests import source_version as source_version  # the other half of a recipe
-from opd.errors import ConfigError
+from opd.artifacts.folders import make_folder
 
 log = logging.getLogger("opd")
 
@@ -119,11 +119,7 @@ class Store:
         if found := self.find(kind, recipe):
             return found
         place = self.address(kind, recipe)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            key = f"artifacts.dir={self.folder}"
-            raise ConfigError(f"{key}: cannot be made ({error.strerror}); choose another folder") from None
+        make_folder(self.folder, key=f"artifacts.dir={self.folder}")
         with self._acquire(place.name):
             if self.find(kind, recipe) is None:
                 label = {"kind": kind, "recipe": recipe, "inputs": [self._input(path) for path in inputs]}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -212,7 +213,7 @@ def test_an_artefact_says_what_made_it_from_what_when_and_at_what_cost(store, tm
     assert said["kind"] == "run" and said["recipe"] == RECIPE and said["opd_version"] == opd.__version__
     assert said["inputs"] == [teacher.name, str(rows.resolve())]
     assert said["bytes"] == 5 and 0.05 <= said["seconds"] < 60
-    assert said["command"] == " ".join(sys.argv)
+    assert said["command"] == shlex.join(sys.argv)
     age = datetime.now(timezone.utc) - datetime.fromisoformat(said["created"])
     assert timedelta(0) <= age < timedelta(minutes=1)
 
