@@ -33,7 +33,7 @@ from opd.models import attach_objective, causal_lm, computing, evaluation_mode, 
 from opd.objectives import token_logprobs
 from opd.protocols import Dense, ExampleSet, Layout, Method, Terms
 from opd.sharded_checkpoint import load_optimizer, load_weights, save_shards
-from opd.sharding import gathered, is_sharded, local, whole_state
+from opd.sharding import gathered, is_sharded, local, whole, whole_state
 from opd.sources import SequenceSource
 from opd.teachers import Teacher, ask_teachers
 from opd.tokenizers import Vocabulary
@@ -250,6 +250,10 @@ class DistillationTrainer(Trainer):
     def floating_point_ops(self, inputs: Any) -> int:
         """Not counted: Trainer's formula knows neither rollouts nor teachers."""
         return 0
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        return whole(norm) if isinstance(norm, Tensor) else norm  # torch 2.9 would log this rank's part of it
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
