@@ -11,7 +11,8 @@ import os
 import signal
 import sys
 import threading
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,12 +46,11 @@ def _run(specification: dict[str, Any]) -> None:
 
     launch = specification["launch"]
     config = validated(specification["config"])
-    watched = _meeting_place()  # of its own: waiting blocks a store's other users
     # One of those that this rank is about to wait for may have failed already.
-    threading.Thread(target=_end_with_the_others, args=(watched, failed_key(launch)), daemon=True).start()
-    rank.join(config, dist.PrefixStore(f"ranks/{launch}", _meeting_place()))
-    rank.run(config)
-    dist.destroy_process_group()
+    with _ending_with_the_others(_meeting_place(), failed_key(launch)):  # a store of its own: waiting blocks its users
+        rank.join(config, dist.PrefixStore(f"ranks/{launch}", _meeting_place()))
+        rank.run(config)
+        dist.destroy_process_group()
 
 
 def _end_with(parent: int) -> None:
@@ -69,16 +69,27 @@ def _meeting_place() -> Store:
     return PrefixStore(key_prefix(os.environ), store)
 
 
-def _end_with_the_others(store: Store, failed: str) -> None:
+@contextmanager
+def _ending_with_the_others(store: Store, failed: str) -> Iterator[None]:
     """Where ranks are on several machines, nobody else ends this one, which may wait in a collective for hours."""
-    while True:
-        time.sleep(1)
-        try:
-            is_over = store.check([failed])
-        except RuntimeError:  # whoever started the first rank is gone
-            is_over = True
-        if is_over:
-            os._exit(GONE)
+    is_done = threading.Event()
+
+    def watch() -> None:
+        while not is_done.wait(1):
+            try:
+                is_over = store.check([failed])
+            except RuntimeError:  # whoever started the first rank is gone
+                is_over = True
+            if is_over and not is_done.is_set():
+                os._exit(GONE)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        is_done.set()
+        watcher.join(10)  # Python aborts if it ends while a thread is inside of torch
 
 
 if __name__ == "__main__":

@@ -14,9 +14,9 @@ def inputs(tmp_path_factory):
     return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
+# `python -m contract.kills` has every method with one rank and with two; it takes half an hour.
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("variant", DEFAULTS, ids=str)
+@pytest.mark.parametrize(("variant", "ranks"), [(DEFAULTS[0], 1), *((v, 2) for v in DEFAULTS[::3])], ids=str)
 def test_four_kills_leave_no_trace(variant, ranks, inputs, tmp_path):
     kills, whole, broken = killed_and_whole(variant, ranks, inputs, tmp_path)
     assert any(kill.in_save for kill in kills)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import threading
 
 import psutil
 import pytest
@@ -102,3 +103,16 @@ def test_machines_and_devices_that_are_not_there_are_refused(words, tmp_path, mo
     assert answer.code == 2
     assert len(answer.lines) == 1 and answer.stderr.startswith(line), answer.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_no_thread_of_a_rank_is_left_inside_of_torch_when_python_ends():
+    """Two of some two hundred ranks aborted after a good run ("terminate called without an active exception")."""
+    from torch.distributed import TCPStore
+
+    from opd.worker import _ending_with_the_others
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    before = set(threading.enumerate())
+    with _ending_with_the_others(store, "failed"):
+        (watcher,) = set(threading.enumerate()) - before
+    assert not watcher.is_alive()

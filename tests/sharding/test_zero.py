@@ -49,7 +49,7 @@ EQUAL = {
 MORE = {
     f"{stage} {variant}": trained(stage, variant)
     for stage in STAGES
-    for variant in ALL_VARIANTS
+    for variant in (ALL_VARIANTS if stage == "zero3" else DEFAULTS)
     if f"{stage} {variant}" not in EQUAL and not (stage == "zero3" and averages(variant))
 }
 RESUMED = {
@@ -173,9 +173,8 @@ def test_a_teacher_in_parts_says_what_the_whole_one_does(case, ranks):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_killed_run_continues_to_the_bit(stage, tmp_path):
-    _, whole, broken = killed_and_whole(SAMPLING, 2, write_inputs(tmp_path), tmp_path, f"hardware.sharding={stage}")
+def test_a_killed_run_continues_to_the_bit(tmp_path):
+    _, whole, broken = killed_and_whole(SAMPLING, 2, write_inputs(tmp_path), tmp_path, "hardware.sharding=zero3")
     assert_equal_to_the_bit(whole, broken)
 
 
