@@ -75,7 +75,7 @@ def test_a_killed_run_of_adapters_with_dropout_continues_to_the_bit(inputs, tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", [v for v in VARIANTS if v not in KILLED], ids=str)
+@pytest.mark.parametrize("variant", [v for v in DEFAULTS if v not in KILLED], ids=str)
 def test_every_killed_run_continues_to_the_bit(variant, inputs, tmp_path):
     assert_kill_and_resume_is_exact(variant, inputs, tmp_path)
 
