@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from contract.variants import ROOT, compose
 from e2e.command import call
 from e2e.model_folders import build_model, build_tokenizer
+from launch.commands import begin, finish
 
 from opd.__main__ import CONF
 
@@ -128,6 +130,18 @@ def test_a_recipe_takes_one_step(name, models, tmp_path):
         assert step["train/reverse_kl"] == step["train/grad_norm"] == 0
     else:
         assert step["train/grad_norm"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mistral_dpo_teacher", "onpolicy_qwen3_4b"])
+def test_a_recipe_with_shards_takes_one_step_in_shards(name, models, tmp_path):
+    """The student's in the one, the teacher's in the other."""
+    words = [word for word in words_of(name, models, tmp_path / "run") if not word.startswith("hardware")]
+    done = finish(begin("opd", *words, "hardware=cpu_2rank"))
+    assert done[0] == 0, done[1]
+    assert first_step(tmp_path / "run")["train/tokens"] > 0
+    hardware = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["hardware"]
+    assert "fsdp2" in (hardware["sharding"], hardware["teacher_placement"])
 
 
 @pytest.mark.slow
