@@ -74,7 +74,7 @@ def _command() -> int:
     except OpdError as error:
         return _say(error)
     except KeyboardInterrupt as interrupt:
-        print(str(interrupt) or "interrupted; the same command with the same run.dir continues", file=sys.stderr)
+        print(str(interrupt) or "interrupted", file=sys.stderr)
         return 130
     return 0
 
@@ -118,7 +118,12 @@ def _task(composed: Any) -> None:
     from opd.stages import run
 
     try:
-        run(plain(composed))
+        raw = plain(composed)
+        try:
+            run(raw)
+        except KeyboardInterrupt as interrupt:
+            told = f"interrupted; the same command with run.dir={raw['run']['dir']} continues"
+            raise KeyboardInterrupt(str(interrupt) or told) from None
     except OpdError as error:  # Hydra would print a line of its own above ours
         sys.exit(_say(error))
 

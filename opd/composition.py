@@ -65,6 +65,9 @@ def explain(error: Exception) -> str:
     if match := re.search(r"Could not override '([^']+)'", text):
         inner = re.search(r"full_key: (\S+)", str(error.__cause__))
         key, known = inner[1] if inner else match[1], _known_keys()
+        if key.startswith("hydra.launcher."):
+            own = [f"hydra.launcher.{name}" for name in _launcher_keys()]
+            return f"{key}: unknown key; {_near(key, own)}"
         if key.startswith("data.sources."):
             return f"{key}: no such source yet; put a + before the override, which adds it: +{key}…"
         remedy = f"{_listed(known[key])} has it" if known.get(key) else _near(key, sorted(known))
@@ -88,6 +91,14 @@ def _near(word: str, candidates: list[str]) -> str:
     if near:
         return f"did you mean {near[0]}?"
     return f"choose from {', '.join(candidates)}" if len(candidates) < 60 else "python -m opd --help lists them"
+
+
+def _launcher_keys() -> list[str]:
+    """What hydra/launcher=slurm has; the others have nothing of their own."""
+    from omegaconf import OmegaConf
+
+    loaded = OmegaConf.load(CONF / "hydra" / "launcher" / "slurm.yaml")
+    return [str(key) for key in loaded if key not in ("_target_", "mode")]
 
 
 def _listed(options: list[str]) -> str:

@@ -115,7 +115,8 @@ def _check_processes(config: Config) -> None:
         if place.count != hardware.world_size:
             raise ConfigError(
                 f"{wanted}, and torchrun or accelerate launch started {place.count}; start {hardware.world_size} "
-                "there, or leave it out: python -m opd starts its ranks itself"
+                f"there, or set hardware.processes_per_node={place.count // hardware.nodes or 1}, or leave it out: "
+                "python -m opd starts its ranks itself"
             )
         _check_accelerate(config, place.told)
 

@@ -70,6 +70,7 @@ class _Run:
     tasks: LmTasks | None
     max_steps: int
     checks: Checks
+    started: float  # by time.perf_counter()
 
 
 def prepare(config: Config) -> Config:
@@ -90,22 +91,22 @@ def run(config: Config) -> dict[str, Any]:
     checks = Checks(config)
     if config.mode == "check":
         return _check(config, checks)
-    loaded = _load(config, checks)
+    loaded = _load(config, checks, started)
     if distributed.rank() == 0:
         loaded.folder.create()
     distributed.barrier()
     try:
-        return _run(loaded, started)
+        return _run(loaded)
     finally:
         loaded.folder.release()
 
 
-def _run(loaded: _Run, started: float) -> dict[str, Any]:
+def _run(loaded: _Run) -> dict[str, Any]:
     start_logging(loaded.folder.path)
     _introduce(loaded)
     work = {"train": _experiment, "eval": _experiment, "responses": _respond, "scores": _score}[loaded.config.mode]
     result = work(loaded)
-    result["seconds"] = time.perf_counter() - started
+    result["seconds"] = result.get("seconds", 0.0) + time.perf_counter() - loaded.started
     _write_result(loaded, result)
     if loaded.config.mode in ("train", "eval"):
         _conclude(loaded, result)
@@ -151,7 +152,7 @@ def _score(loaded: _Run) -> dict[str, Any]:
 def _check(config: Config, checks: Checks) -> dict[str, Any]:
     """mode=check: all that can be found out without training. Nothing is written. Raises PreflightError."""
     try:
-        _load(config, checks)
+        _load(config, checks, time.perf_counter())
     except ConfigError as error:
         # What the pair's check has found too, of the same key, is told once.
         told = {finding.what.partition("=")[0] for finding in errors_of(checks.findings)}
@@ -163,7 +164,7 @@ def _check(config: Config, checks: Checks) -> dict[str, Any]:
     return {}
 
 
-def _load(config: Config, checks: Checks) -> _Run:
+def _load(config: Config, checks: Checks, started: float) -> _Run:
     """Tokenizers, then data, then weights: what can be refused is refused before the expensive part."""
     folder, method = RunFolder(config), load_method(config)
     readers = load_readers(config, method)
@@ -200,7 +201,7 @@ def _load(config: Config, checks: Checks) -> _Run:
         objective=_objective(config, method, texts, source, teachers),
     )
     steps = num_steps(config, texts.data)
-    return _Run(config, folder, method, texts, student, teachers, source, evaluator, tasks, steps, checks)
+    return _Run(config, folder, method, texts, student, teachers, source, evaluator, tasks, steps, checks, started)
 
 
 def _lm_tasks(config: Config, texts: Texts) -> LmTasks | None:
@@ -236,7 +237,7 @@ def _measured_by(method: Method, teachers: dict[str, Teacher], texts: Texts) -> 
 
 
 def _train(loaded: _Run, recorder: Recorder) -> dict[str, Any]:
-    """Train to the end; returns what it took. A checkpoint of the folder is taken up."""
+    """Train to the end; returns what it took, `seconds` by earlier commands. A checkpoint of the folder is taken up."""
     config = loaded.config
     trainer = DistillationTrainer(
         config,
@@ -250,13 +251,14 @@ def _train(loaded: _Run, recorder: Recorder) -> dict[str, Any]:
         max_steps=loaded.max_steps,
         on_step=recorder.on_step,
         callbacks=[recorder, EarlyEnd()],
+        started=loaded.started,
     )
     try:
         trainer.resume(loaded.folder.checkpoint)
     finally:
         recorder.end_progress()
     _save_final(loaded)
-    return {**trainer.spent, "steps": loaded.max_steps}
+    return {**trainer.spent, "seconds": trainer.earlier_seconds, "steps": loaded.max_steps}
 
 
 def _save_final(loaded: _Run) -> None:

@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 
 from opd import distributed, pipeline
+from opd.artifacts.console import note
 from opd.config import Config
-from opd.errors import RunError, is_out_of_memory
+from opd.errors import OpdError, RunError, is_out_of_memory
 from opd.memory_advice import advice
 from opd.tokenizers import first_line
 
@@ -22,7 +23,14 @@ def run(config: Config) -> None:
     """The run, or this rank's part of it. Raises RunError with what to change where memory is short."""
     try:
         pipeline.run(config)
+    except KeyboardInterrupt:
+        note("interrupted")
+        raise
+    except OpdError as error:
+        note(str(error))
+        raise
     except Exception as error:
+        note(f"{type(error).__name__}: {error}")
         if not is_out_of_memory(error):
             raise
         who = "" if distributed.world_size() == 1 else f"rank {distributed.rank()}: "

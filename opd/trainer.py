@@ -65,12 +65,16 @@ class DistillationTrainer(Trainer):
         max_steps: int,
         on_step: Callable[[int, dict[str, float], Window], None],
         callbacks: list[TrainerCallback] | None = None,
+        started: float | None = None,
     ) -> None:
+        """`started`: when the run began, by time.perf_counter(); None: now."""
         self.config, self.method, self.teachers, self.vocabulary = config, method, teachers, vocabulary
         self._on_step, self._metrics, self._maxima = on_step, {}, {}
         self._staging: Path | None = None
         self._unlogged: dict[str, Any] = {}
         self.step_started = self.step_seconds = 0.0
+        self.earlier_seconds = 0.0  # from the beginning to the checkpoint that is taken up, evaluations too
+        self._started = time.perf_counter() if started is None else started
         self.spent: dict[str, Any] = {"train_seconds": 0.0, "tokens": 0}  # by all sessions; without evaluating, saving
         self.spent["ledger"] = dict.fromkeys(_LEDGER, 0)
         attach_objective(model)
@@ -107,6 +111,7 @@ class DistillationTrainer(Trainer):
         if checkpoint is not None:
             saved = json.loads((checkpoint / SPENT).read_text(encoding="utf-8"))
             self.spent = {name: saved[name] for name in self.spent}
+            self.earlier_seconds = saved.get("seconds", 0.0)
             self.windows.load(checkpoint)
             self._read_unlogged(checkpoint)
             for teacher in _each(self.teachers):
@@ -304,7 +309,8 @@ class DistillationTrainer(Trainer):
                 teacher.save(self._staging / name)
             distributed.barrier()
             if self.args.should_save:
-                spent = {**self.spent, **ranks_of(self.config)}
+                seconds = self.earlier_seconds + time.perf_counter() - self._started
+                spent = {**self.spent, "seconds": seconds, **ranks_of(self.config)}
                 (self._staging / name / SPENT).write_text(json.dumps(spent), encoding="utf-8")
                 _put_in_place(self._staging / name, folder, keep=self.config.train.keep_checkpoints)
         except (OSError, RuntimeError, SafetensorError) as error:

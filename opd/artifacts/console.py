@@ -9,7 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from opd import distributed
-from opd.config import Config
+from opd.config import Config, Hardware
 
 log = logging.getLogger("opd")
 
@@ -32,6 +32,14 @@ def start_logging(folder: Path | None = None) -> None:
         log.addHandler(file)
 
 
+def note(line: str) -> None:
+    """Into the run's log alone: the console is told by whoever started this process."""
+    record = log.makeRecord(log.name, logging.ERROR, __file__, 0, line, (), None)
+    for handler in log.handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.handle(record)
+
+
 def banner(config: Config, facts: dict[str, str]) -> str:
     """Student, teacher, method, data, machine, tokens a step and where the run writes, a line each."""
     method = {name: value for name, value in config.method.model_dump().items() if name != "name" and value is not None}
@@ -42,7 +50,7 @@ def banner(config: Config, facts: dict[str, str]) -> str:
         "teacher": facts["teacher"],
         "method": f"{config.method.name} ({', '.join(f'{name} {value}' for name, value in method.items())})",
         "data": facts["data"],
-        "hardware": f"{hardware.name}: {hardware.world_size} x {hardware.device}, {hardware.precision}",
+        "hardware": ", ".join([f"{hardware.name}: {hardware.world_size} x {hardware.device}", *_layout(hardware)]),
         "a step": f"{config.train.batch_size} prompts x {config.rollout.group_size} = {sequences} sequences, "
         f"at most {tokens:,} completion tokens; {facts['steps']} steps",
         "writes to": config.run.dir,
@@ -50,6 +58,13 @@ def banner(config: Config, facts: dict[str, str]) -> str:
     if config.mode != "train":
         del lines["a step"]
     return "\n".join(f"{name:>10}  {text}" for name, text in lines.items())
+
+
+def _layout(hardware: Hardware) -> list[str]:
+    """Precision, and what does not lie whole on every rank."""
+    student = [] if hardware.sharding == "ddp" else [f"student by {hardware.sharding}"]
+    teacher = [] if hardware.teacher_placement == "local" else [f"teacher by {hardware.teacher_placement}"]
+    return [hardware.precision, *student, *teacher]
 
 
 class _TqdmHandler(logging.Handler):

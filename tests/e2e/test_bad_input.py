@@ -377,6 +377,7 @@ def test_a_run_whose_loss_is_no_number_fails_in_one_line(place):
     answer = call(*place.words("train.learning_rate=1e30", "train.optimizer=sgd", "train.max_grad_norm=0"))
     assert answer.code == 1
     names(answer.lines[-1:], [("step 2: the loss is nan", "lower train.learning_rate")])
+    assert "ERROR step 2: the loss is nan" in (place.run / "training.log").read_text().splitlines()[-1]
     assert "Traceback" not in answer.stderr
 
 

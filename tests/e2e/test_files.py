@@ -187,7 +187,8 @@ def test_an_interrupted_command_says_so_continues_when_repeated_and_is_refused_w
     process.send_signal(signal.SIGINT)
     _, told = process.communicate(timeout=60)
     assert process.returncode == 130, told
-    assert told.splitlines()[-1] == "interrupted; the same command with the same run.dir continues"
+    assert told.splitlines()[-1] == f"interrupted; the same command with run.dir={run} continues"
+    assert (run / "training.log").read_text().splitlines()[-1].endswith("ERROR interrupted")
     assert "Traceback" not in told
     assert not (run / "final_model").exists()
 
@@ -195,6 +196,8 @@ def test_an_interrupted_command_says_so_continues_when_repeated_and_is_refused_w
     assert again.code == 0, again.stderr
     assert f"continues the interrupted run in {run} from step " in again.stdout
     check_run(run, steps=60)
+    result = json.loads((run / "result.json").read_text())
+    assert result["seconds"] > result["train_seconds"]  # both by both commands
 
     finished = shell(*words)
     assert finished.code == 2

@@ -53,7 +53,7 @@ def test_ctrl_c_ends_all_ranks_with_130(words, tmp_path):
     os.killpg(process.pid, signal.SIGINT)
     code, said = finish(process, 60)
     assert code == 130, said
-    assert said.strip().endswith("interrupted; the same command with the same run.dir continues")
+    assert said.strip().endswith(f"interrupted; the same command with run.dir={tmp_path / 'run'} continues")
     assert not any(rank.is_running() for rank in ranks)
 
 

@@ -31,6 +31,7 @@ def test_a_machine_without_slurm_is_told(words, tmp_path):
         (["hydra.launcher.timeout_min=24:00:00"], "hydra.launcher.timeout_min=24:00:00: must be a whole number"),
         (["hydra.launcher.timeout_min=5"], "hydra.launcher.signal_delay_s=300: not less than the time limit"),
         (["hydra.launcher.time=5"], "hydra.launcher.time: unknown key"),
+        (["hydra.launcher.wiat=false"], "hydra.launcher.wiat: unknown key; did you mean hydra.launcher.wait?"),
         (["hydra.launcher.wait=no"], "hydra.launcher.wait=no: must be true or false"),
         (["hydra.launcher.array_parallelism=true"], "array_parallelism=True: must be a whole number, 1 or more"),
         (["hydra.launcher.setup='export A=1'"], 'setup=export A=1: must be a list of texts, as ["export A=1"]'),

@@ -49,7 +49,7 @@ class LocalLauncher(Launcher):
         outcomes: dict[int, Outcome] = {}
         returns = []
         for place, job in enumerate(jobs, 1):
-            log.info("\njob %d of %d  %s  in %s", place, len(jobs), job.title, job.folder)
+            log.info("\njob %d, %d of %d  %s  in %s", job.number, place, len(jobs), job.title, job.folder)
             if job.config is None:
                 log.info("finished before")
                 outcomes[job.number] = FINISHED_BEFORE
