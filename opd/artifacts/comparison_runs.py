@@ -17,7 +17,7 @@ import yaml
 
 from opd.artifacts.comparison_statistics import Column, read_columns, weighted_mean
 from opd.artifacts.run_folder import STAGES
-from opd.artifacts.run_record import RunRecord, read_run
+from opd.artifacts.run_record import RunRecord, last_note, read_run
 from opd.artifacts.table import before_after_table, to_number
 from opd.errors import ConfigError
 
@@ -149,7 +149,9 @@ def load_runs(folders: Sequence[Path]) -> tuple[list[Run], list[str]]:
         else:
             step = run.record.last_step
             where = "before its first step" if step is None else f"at step {step:,}"
-            left_out.append(f"{folder} is not finished (it stands {where}; its command with this run.dir continues it)")
+            why = f"; it ended with: {note}" if (note := last_note(Path(folder))) else ""
+            told = f"it stands {where}{why}; its command with this run.dir continues it"
+            left_out.append(f"{folder} is not finished ({told})")
     if not runs:
         count = f"; none of the {len(folders)} runs can be compared" if len(folders) > 1 else ""
         raise ConfigError(f"{left_out[0]}{count}")

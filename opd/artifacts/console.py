@@ -33,7 +33,7 @@ def start_logging(folder: Path | None = None) -> None:
 
 
 def note(line: str) -> None:
-    """Into the run's log alone: the console is told by whoever started this process."""
+    """Into the run's log alone, for run_record.last_note: the console is told by whoever started this process."""
     record = log.makeRecord(log.name, logging.ERROR, __file__, 0, line, (), None)
     for handler in log.handlers:
         if isinstance(handler, logging.FileHandler):

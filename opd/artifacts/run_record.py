@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -119,3 +120,11 @@ def _read_lines(record: RunRecord, name: str) -> list[dict[str, Any]]:
         # A killed process leaves half a last line.
         record.problems.append(f"{name}: {skipped} unreadable line{'s' * (skipped > 1)} skipped.")
     return lines
+
+
+def last_note(folder: Path) -> str | None:
+    """What a run's log ends with, if that is why it failed."""
+    file = folder / "training.log"
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    *_, level, last = ["", *re.split(r"^[-\d]+ [:,\d]+ ([A-Z]+) ", text, flags=re.MULTILINE)]
+    return last.partition("\n")[0] if level == "ERROR" else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import random
 import subprocess
@@ -17,6 +18,7 @@ from e2e.command import ROOT, call, shell
 
 from opd.artifacts.comparison import compare, write_comparison
 from opd.artifacts.comparison_statistics import RESAMPLES, interval, read_columns
+from opd.artifacts.console import note, start_logging
 from opd.artifacts.run_record import read_run
 from opd.compare import main
 from opd.errors import ConfigError
@@ -383,7 +385,22 @@ def test_an_unfinished_run_is_named_and_left_out(tmp_path):
     comparison = compare([tmp_path])
     assert comparison.settings[0].seeds == [0]
     (note,) = [note for note in comparison.notes if note.startswith("left out")]
-    assert note.startswith(f"left out: {tmp_path / 'half'} is not finished (it stands at step 5;")
+    assert note.startswith(f"left out: {tmp_path / 'half'} is not finished (it stands at step 5; its command")
+
+
+def test_a_failed_run_is_left_out_with_what_it_ended_with(tmp_path):
+    make_run(tmp_path / "done")
+    run = make_run(tmp_path / "failed", seed=1)
+    (run / "result.json").write_text('{"before": {"success": 0.5}}')
+    start_logging(run)
+    logging.getLogger("opd").info("a banner\nof lines")
+    note("step 6: the loss is nan; lower train.learning_rate=1 and start again\nand more")
+    start_logging()
+    (told,) = [line for line in compare([tmp_path]).notes if line.startswith("left out")]
+    assert (
+        "(it stands at step 5; it ended with: step 6: the loss is nan; lower train.learning_rate=1 and start again;"
+        in told
+    )
 
 
 def test_a_stage_that_only_made_data_is_named_and_left_out(tmp_path):
