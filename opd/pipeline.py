@@ -84,14 +84,13 @@ def prepare(config: Config) -> Config:
 
 def run(config: Config) -> dict[str, Any]:
     """One run on this rank, from the banner to the report; returns what result.json holds."""
-    started = time.perf_counter()
     _quieten(config)
     if distributed.world_size() > 1:
         start_logging()
     checks = Checks(config)
     if config.mode == "check":
         return _check(config, checks)
-    loaded = _load(config, checks, started)
+    loaded = _load(config, checks)
     if distributed.rank() == 0:
         loaded.folder.create()
     distributed.barrier()
@@ -152,7 +151,7 @@ def _score(loaded: _Run) -> dict[str, Any]:
 def _check(config: Config, checks: Checks) -> dict[str, Any]:
     """mode=check: all that can be found out without training. Nothing is written. Raises PreflightError."""
     try:
-        _load(config, checks, time.perf_counter())
+        _load(config, checks)
     except ConfigError as error:
         # What the pair's check has found too, of the same key, is told once.
         told = {finding.what.partition("=")[0] for finding in errors_of(checks.findings)}
@@ -164,8 +163,9 @@ def _check(config: Config, checks: Checks) -> dict[str, Any]:
     return {}
 
 
-def _load(config: Config, checks: Checks, started: float) -> _Run:
+def _load(config: Config, checks: Checks) -> _Run:
     """Tokenizers, then data, then weights: what can be refused is refused before the expensive part."""
+    started = time.perf_counter()
     folder, method = RunFolder(config), load_method(config)
     readers = load_readers(config, method)
     checks(lambda: check_pair(config, method, readers))

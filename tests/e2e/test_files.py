@@ -171,6 +171,7 @@ def test_a_copied_checkpoint_can_be_named_to_continue_from(more, tmp_path, rows,
     assert after[0] == (pytest.approx(after[1], abs=1e-5) if more else after[1])
 
 
+@pytest.mark.slow
 def test_an_interrupted_command_says_so_continues_when_repeated_and_is_refused_when_finished(
     tmp_path, rows, student, teacher
 ):

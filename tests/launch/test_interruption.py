@@ -42,11 +42,12 @@ def test_a_terminated_run_saves_its_step_and_continues_as_if_nothing_had_been(wo
 SLOW = f"{HOLD}\n{12 * ' '}time.sleep(31)"  # torch elastic would have killed it after 30 seconds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("job", "number", "code", "fault"),
     [
         ({"SLURM_JOB_ID": "12"}, signal.SIGUSR2, 85, HOLD),
-        pytest.param({}, signal.SIGTERM, 143, SLOW, marks=pytest.mark.slow),
+        ({}, signal.SIGTERM, 143, SLOW),
     ],
     ids=["slurm", "long step"],
 )

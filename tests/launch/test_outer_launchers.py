@@ -79,9 +79,12 @@ def test_processes_that_torchrun_starts_once_more_find_each_other_and_not_what_w
             2,
             "opd: hardware=cpu_tiny: 1 x 1 processes, and torchrun or accelerate launch started 2",
         ),
-        (["-m", TWO, "method.beta=0,1"], 2, "opd: -m: torchrun and accelerate launch start one run"),
+        pytest.param(
+            *(["-m", TWO, "method.beta=0,1"], 2, "opd: -m: torchrun and accelerate launch start one run"),
+            marks=pytest.mark.slow,
+        ),
         (["method.bta=0"], 2, "opd: method.bta: unknown key; did you mean method.beta?"),
-        (["--cfg", "job"], 0, "name: gkd"),
+        pytest.param(["--cfg", "job"], 0, "name: gkd", marks=pytest.mark.slow),
     ],
     ids=["number", "sweep", "typo", "cfg"],
 )
