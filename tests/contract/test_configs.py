@@ -176,7 +176,7 @@ def test_no_laptop_default_leaks_into_a_run_on_gpus(method, hardware, files):
 
 @pytest.mark.parametrize(("words", "seconds"), [(["--help"], 0.6), (["--cfg", "job"], 0.6)])
 def test_help_and_config_answer_in_a_moment(words, seconds):
-    assert min(timed("-m", "opd", *words) for _ in range(3)) < seconds
+    assert min(timed("-m", "opd", *words) for _ in range(6)) < seconds
 
 
 def timed(*words):

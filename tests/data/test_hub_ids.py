@@ -70,6 +70,7 @@ def test_a_hub_id_is_read_kept_and_found_again_without_a_network(tmp_path, capyb
     assert found[4].startswith("data.subset=chat: ")
 
 
+@pytest.mark.slow
 def test_with_a_limit_no_file_behind_it_is_fetched(tmp_path, capybara):
     (capybara / "data" / "train-00000-of-00001.parquet").rename(capybara / "data" / "train-00000-of-00002.parquet")
     shutil.copy(capybara / "data" / "train-00000-of-00002.parquet", capybara / "data" / "train-00001-of-00002.parquet")
