@@ -11,13 +11,13 @@ import logging
 import os
 import signal
 import sys
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
 from opd import slurm
+from opd.background import repeated
 
 log = logging.getLogger("opd")
 
@@ -60,28 +60,19 @@ def listens(folder: Path) -> None:
     (folder / f"{os.getpid()}{_LISTENS}").touch()
 
 
-@contextmanager
-def passed_on(folder: Path) -> Iterator[None]:
+def passed_on(folder: Path) -> AbstractContextManager[None]:
     """What this process hears in the body, each rank that says in `folder` that it listens hears too."""
-    over = threading.Event()
+    told = set[str]()
 
     def pass_on() -> None:
-        told = set[str]()
-        while not over.wait(0.2):
-            if (number := _Heard.number) is None:
-                continue
-            for process in {file.stem for file in folder.rglob(f"*{_LISTENS}")} - told:
-                told.add(process)
-                with suppress(ProcessLookupError):
-                    os.kill(int(process), number)
+        if (number := _Heard.number) is None:
+            return
+        for process in {file.stem for file in folder.rglob(f"*{_LISTENS}")} - told:
+            told.add(process)
+            with suppress(ProcessLookupError):
+                os.kill(int(process), number)
 
-    thread = threading.Thread(target=pass_on, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
+    return repeated(pass_on, seconds=0.2)
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -9,7 +11,7 @@ import torch.distributed as dist
 
 from opd import distributed, pipeline
 from opd.artifacts.console import note
-from opd.config import Config
+from opd.config import Config, Hardware
 from opd.errors import OpdError, RunError, is_out_of_memory
 from opd.memory_advice import advice
 from opd.tokenizers import first_line
@@ -37,9 +39,14 @@ def run(config: Config) -> None:
         raise RunError(f"{who}{first_line(error)}\n{advice(config)}") from error
 
 
-def join(config: Config, store: dist.Store) -> None:
-    """Become one of the ranks that meet at the store, as $RANK of $WORLD_SIZE. Raises RunError on a missing GPU."""
-    hardware, local = config.hardware, distributed.local_rank()
+@contextmanager
+def joined(hardware: Hardware, store: dist.Store) -> Iterator[None]:
+    """The body is one of the ranks that meet at the store, $RANK of $WORLD_SIZE. Raises RunError on a missing GPU.
+
+    The group is left before Python ends, which aborts while a thread of the group still holds a tensor; but not after
+    an error, when others may be waiting for this rank, and leaving would wait for them.
+    """
+    local = distributed.local_rank()
     if hardware.device == "cuda":  # or every rank would begin on the first one
         if local >= torch.cuda.device_count():
             raise RunError(
@@ -54,3 +61,9 @@ def join(config: Config, store: dist.Store) -> None:
         world_size=distributed.world_size(),
         timeout=PATIENCE,
     )
+    try:
+        yield
+    except SystemExit:  # interrupted, as the others are
+        dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()

@@ -10,14 +10,13 @@ import json
 import os
 import signal
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opd import interruption
+from opd.background import repeated
 from opd.failures import GONE, recorded
 from opd.together import failed_key, key_prefix
 
@@ -47,10 +46,11 @@ def _run(specification: dict[str, Any]) -> None:
     launch = specification["launch"]
     config = validated(specification["config"])
     # One of those that this rank is about to wait for may have failed already.
-    with _ending_with_the_others(_meeting_place(), failed_key(launch)):  # a store of its own: waiting blocks its users
-        rank.join(config, dist.PrefixStore(f"ranks/{launch}", _meeting_place()))
+    with (
+        _ending_with_the_others(_meeting_place(), failed_key(launch)),  # a store of its own: waiting blocks its users
+        rank.joined(config.hardware, dist.PrefixStore(f"ranks/{launch}", _meeting_place())),
+    ):
         rank.run(config)
-        dist.destroy_process_group()
 
 
 def _end_with(parent: int) -> None:
@@ -69,27 +69,18 @@ def _meeting_place() -> Store:
     return PrefixStore(key_prefix(os.environ), store)
 
 
-@contextmanager
-def _ending_with_the_others(store: Store, failed: str) -> Iterator[None]:
+def _ending_with_the_others(store: Store, failed: str) -> AbstractContextManager[None]:
     """Where ranks are on several machines, nobody else ends this one, which may wait in a collective for hours."""
-    is_done = threading.Event()
 
-    def watch() -> None:
-        while not is_done.wait(1):
-            try:
-                is_over = store.check([failed])
-            except RuntimeError:  # whoever started the first rank is gone
-                is_over = True
-            if is_over and not is_done.is_set():
-                os._exit(GONE)
+    def look() -> None:
+        try:
+            is_over = store.check([failed])
+        except RuntimeError:  # whoever started the first rank is gone
+            is_over = True
+        if is_over:
+            os._exit(GONE)
 
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        is_done.set()
-        watcher.join(10)  # Python aborts if it ends while a thread is inside of torch
+    return repeated(look, seconds=1)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import sys
 import threading
 
 import psutil
@@ -116,3 +117,23 @@ def test_no_thread_of_a_rank_is_left_inside_of_torch_when_python_ends():
     with _ending_with_the_others(store, "failed"):
         (watcher,) = set(threading.enumerate()) - before
     assert not watcher.is_alive()
+
+
+def test_an_interrupted_rank_leaves_its_group_before_python_ends():
+    """One of some thousand aborted after its checkpoint: a thread of gloo's still had to let go of a tensor.
+
+    After an error it does not: leaving waits for collectives that others may never come to.
+    """
+    import torch.distributed as dist
+
+    from opd import rank
+    from opd.config import Hardware
+
+    one = Hardware(name="one", device="cpu", nodes=1, processes_per_node=1, precision="fp32", threads=1)
+    with pytest.raises(SystemExit), rank.joined(one, dist.HashStore()):
+        sys.exit(85)
+    assert not dist.is_initialized()
+    with pytest.raises(ValueError), rank.joined(one, dist.HashStore()):
+        raise ValueError
+    assert dist.is_initialized()
+    dist.destroy_process_group()
