@@ -8,10 +8,14 @@ import re
 import runpy
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import metadata
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -49,6 +53,20 @@ def test_the_readme_has_commands_for_the_cpu_and_stays_short():
     assert len([command for command in COMMANDS if not ON_GPU.search(command)]) >= 4
     assert len(README.splitlines()) <= 200
     assert "make demo" in "\n".join(README.splitlines()[:15])
+
+
+def test_what_opd_depends_on_can_be_installed_with_every_python_that_the_readme_names():
+    first, last = re.search(r"Python 3\.(\d+)–3\.(\d+)", README).groups()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = [each for name, extra in project["optional-dependencies"].items() if name != "dev" for each in extra]
+    wanted = {"opd": project["requires-python"]}
+    wanted |= {name: metadata(name)["Requires-Python"] or "" for name in map(name_of, project["dependencies"] + extras)}
+    for minor in range(int(first), int(last) + 1):
+        assert not [name for name, pythons in wanted.items() if f"3.{minor}.0" not in SpecifierSet(pythons)]
+
+
+def name_of(requirement: str) -> str:
+    return Requirement(requirement).name
 
 
 @pytest.mark.slow

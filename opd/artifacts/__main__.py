@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,7 @@ def _facts(store: Store, artifact: Artifact) -> dict[str, Any]:
         "stage": _stage(artifact),
         "bytes": artifact.size_bytes,
         "created": artifact.label.get("created"),
-        "last_used": datetime.fromtimestamp(artifact.last_used, timezone.utc).isoformat(timespec="seconds"),
+        "last_used": datetime.fromtimestamp(artifact.last_used, UTC).isoformat(timespec="seconds"),
         "inputs": artifact.inputs,
         "maker": store.maker(artifact.name),
     }

@@ -9,7 +9,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ def provenance(*, seed: int, models: dict[str, str | None], data: dict[str, str]
     `data`: files, folders and hub ids by the key that names each; data.path is called data.
     """
     return {
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join([Path(sys.executable).name, "-m", "opd", *sys.argv[1:]]),
         "code": code(),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -214,7 +214,7 @@ def test_an_artefact_says_what_made_it_from_what_when_and_at_what_cost(store, tm
     assert said["inputs"] == [teacher.name, str(rows.resolve())]
     assert said["bytes"] == 5 and 0.05 <= said["seconds"] < 60
     assert said["command"] == shlex.join(sys.argv)
-    age = datetime.now(timezone.utc) - datetime.fromisoformat(said["created"])
+    age = datetime.now(UTC) - datetime.fromisoformat(said["created"])
     assert timedelta(0) <= age < timedelta(minutes=1)
 
 
