@@ -134,7 +134,7 @@ def _compose(
     composed = context.config_loader.load_sweep_config(master, list(overrides))
     with read_write(composed.hydra), open_dict(composed.hydra):
         composed.hydra.mode = mode
-        composed.hydra.job.id = composed.hydra.job.num = number
+        composed.hydra.job.id, composed.hydra.job.num = str(number), number
         HydraConfig.instance().set_config(composed)
     if (own := _settle_folder(composed, name)) != master.hydra.sweep.dir:
         raise ConfigError(
