@@ -14,7 +14,6 @@ _NOISE = {
 }
 warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)  # peft asks by that name
 warnings.filterwarnings("ignore", "fan_in_fan_out is set to", UserWarning)  # peft finds out, and then says so a layer
-warnings.filterwarnings("ignore", "The version_base parameter is deprecated")  # by Hydra 1.4; 1.3 asks for it
 
 for _name, _opening in _NOISE.items():
     logging.getLogger(_name).addFilter(lambda record, opening=_opening: not record.getMessage().startswith(opening))
