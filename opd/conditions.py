@@ -27,7 +27,7 @@ def validated(raw: dict[str, Any]) -> Config:
         raise ConfigError(f"method.name={name!r}: unknown method; {did_you_mean(str(name), list(METHODS))}")
     config = parse(raw, METHODS[name].Config)
     sections = (_mode, _models, loading_problems, _data, _method, _teachers, hardware_problems, _batches)
-    sections += (_lm_tasks, _tracking)
+    sections += (_optimizer, _lm_tasks, _tracking)
     problems = [problem for section in sections for problem in section(config)]
     if problems:
         raise ConfigError("\n".join(problems))
@@ -286,6 +286,18 @@ def _batches(config: Config) -> list[str]:
             f"train.micro_batch_size={config.train.micro_batch_size}: method={config.method.name} keeps the {together} "
             f"sequences of a row together; choose a multiple of {together}"
         )
+    return problems
+
+
+def _optimizer(config: Config) -> list[str]:
+    """What is set for another optimizer or schedule."""
+    train, problems = config.train, []
+    if train.optimizer != "adamw" and train.adam_betas != (default := type(train).model_fields["adam_betas"].default):
+        problem = f"train.adam_betas={list(train.adam_betas)}: train.optimizer={train.optimizer} has none"
+        problems.append(f"{problem}; set it to {list(default)}, or train.optimizer to adamw")
+    if train.lr_scheduler != "cosine" and train.min_lr_ratio:
+        problem = f"train.min_lr_ratio={train.min_lr_ratio}: train.lr_scheduler={train.lr_scheduler} has no such end"
+        problems.append(f"{problem}; set it to 0, or train.lr_scheduler to cosine")
     return problems
 
 

@@ -43,8 +43,8 @@ def run(config: Config) -> None:
 def joined(hardware: Hardware, store: dist.Store) -> Iterator[None]:
     """The body is one of the ranks that meet at the store, $RANK of $WORLD_SIZE. Raises RunError on a missing GPU.
 
-    The group is left before Python ends, which aborts while a thread of the group still holds a tensor; but not after
-    an error, when others may be waiting for this rank, and leaving would wait for them.
+    A group of gloo's is left before Python ends, which aborts while a thread of it still holds a tensor; but not after
+    an error, when others may be waiting for this rank, and leaving would wait for them, as NCCL's does always.
     """
     local = distributed.local_rank()
     if hardware.device == "cuda":  # or every rank would begin on the first one
@@ -63,7 +63,8 @@ def joined(hardware: Hardware, store: dist.Store) -> Iterator[None]:
     )
     try:
         yield
-    except SystemExit:  # interrupted, as the others are
-        dist.destroy_process_group()
+    except SystemExit:  # interrupted, as the others are, sooner or later
+        if dist.get_backend() == "gloo":
+            dist.destroy_process_group()
         raise
     dist.destroy_process_group()

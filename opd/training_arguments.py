@@ -8,7 +8,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from opd import zero
-from opd.config import Config, Hardware
+from opd.config import Config, Hardware, Train
 from opd.deepspeed_config import deepspeed_config
 
 
@@ -19,7 +19,6 @@ def training_arguments(config: Config, *, max_steps: int, num_micro_batches: int
     """
     train, hardware = config.train, config.hardware
     save_every = _save_every(config, num_rows)
-    warmup = train.warmup_steps or math.ceil(train.warmup_ratio * max_steps)
     schedule = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine_with_min_lr"}
     arguments = TrainingArguments(
         output_dir=config.run.dir,
@@ -34,7 +33,7 @@ def training_arguments(config: Config, *, max_steps: int, num_micro_batches: int
         weight_decay=train.weight_decay,
         lr_scheduler_type=schedule[train.lr_scheduler],
         lr_scheduler_kwargs={"min_lr_rate": train.min_lr_ratio} if train.lr_scheduler == "cosine" else None,
-        warmup_steps=warmup,
+        warmup_steps=warmup_steps(train, max_steps),
         max_grad_norm=train.max_grad_norm,
         logging_steps=train.log_every_steps,
         logging_nan_inf_filter=False,
@@ -53,6 +52,11 @@ def training_arguments(config: Config, *, max_steps: int, num_micro_batches: int
     if arguments.n_gpu > 1:  # one process uses one GPU: transformers would spread its batches over all it can see
         arguments._n_gpu = 1
     return arguments
+
+
+def warmup_steps(train: Train, max_steps: int) -> int:
+    """Steps before the learning rate is the one that was asked for."""
+    return train.warmup_steps or math.ceil(train.warmup_ratio * max_steps)
 
 
 def _save_every(config: Config, num_rows: int) -> int:

@@ -12,6 +12,7 @@ from opd.loading import Texts, num_steps
 from opd.preflight.findings import Finding, Severity
 from opd.preflight.rows import check_rows
 from opd.protocols import Example, ExampleSet, Method, Needs
+from opd.training_arguments import warmup_steps
 
 _MOST_ROWS = 2000  # that are looked at
 _STREAMED_ROWS = 256  # of a stream
@@ -70,7 +71,13 @@ def _check_steps(config: Config, data: DataSet) -> list[Finding]:
         return [Finding("data.steps", "error", what, why, f"lower it to {rows} or less")]
     passes = "streamed" if isinstance(data.train, StreamedExamples) else f"{steps * batch / rows:.2f} passes"
     what = f"{rows:,} training rows, {steps:,} steps of {batch}: {passes}"
-    return [Finding("data.steps", "note", what)]
+    findings = [Finding("data.steps", "note", what)]
+    if warmup_steps(config.train, steps) >= steps:
+        key = "train.warmup_steps" if config.train.warmup_steps else "train.warmup_ratio"
+        what = f"{key}={config.at(key)}: all {steps:,} steps are warm-up"
+        why = "none of them has train.learning_rate"
+        findings.append(Finding("data.warmup", "warning", what, why, "lower it, or raise train.max_steps"))
+    return findings
 
 
 def _check_lost(config: Config, summary: dict[str, Any]) -> list[Finding]:

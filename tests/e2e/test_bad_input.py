@@ -55,6 +55,10 @@ KNOWN_FROM_THE_CONFIG: dict[str, list[tuple[str, ...]]] = {
     "method.beta=[1,2]": [("method.beta=[1, 2]: must be a valid number",)],
     "method.beta=": [("method.beta='': must be a valid number",)],
     "train=5": [("train=5: must be a valid dictionary",)],
+    "train.optimizer=sgd train.adam_betas=[0.9,0.95] train.lr_scheduler=linear train.min_lr_ratio=0.1": [
+        ("train.adam_betas=[0.9, 0.95]: train.optimizer=sgd has none", "set it to [0.9, 0.999], or"),
+        ("train.min_lr_ratio=0.1: train.lr_scheduler=linear has no such end", "set it to 0, or"),
+    ],
     "train.optimizer=lion": [("train.optimizer='lion': must be 'adamw', 'rmsprop' or 'sgd'",)],
     "hardware.device=tpu": [("hardware.device='tpu': must be 'auto', 'cpu', 'cuda' or 'mps'",)],
     "mode=trian": [("mode='trian': must be 'train', 'check', 'plan', 'eval', 'responses' or 'scores'",)],

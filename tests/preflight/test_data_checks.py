@@ -143,6 +143,18 @@ def test_a_training_without_a_step_is_an_error(tmp_path):
     assert "lower it to 3 or less" in lines(findings, "data.steps")[0]
 
 
+def test_a_warm_up_as_long_as_the_training_is_a_warning(tmp_path):
+    rows = [single(n) for n in range(8)]
+    for steps, warmup, line in (
+        (20, {"warmup_steps": 20}, "train.warmup_steps=20: all 20 steps are warm-up"),
+        (20, {"warmup_steps": 19}, ""),
+        (1, {"warmup_ratio": 0.1}, "train.warmup_ratio=0.1: all 1 steps are warm-up"),
+    ):
+        findings = check_data(*loaded(tmp_path, rows, max_steps=steps, **warmup))
+        assert heeded(findings) == ([("warning", "data.warmup")] if line else [])
+        assert line in " ".join(lines(findings, "data.warmup"))
+
+
 def test_a_source_of_a_mixture_that_gives_nothing_is_an_error_and_one_that_loses_much_a_warning(tmp_path):
     config, method, texts = loaded(tmp_path, [single(n) for n in range(20)])
     told = {"rows": 20, "kept": 20, "dropped": {}, "used": 10, "left_out": 10}
@@ -429,5 +441,6 @@ def test_whole_conversations_as_chosen_and_rejected_pass(tmp_path, own):
         return [said("user", f"What is {n}?"), said("assistant", answer)]
 
     rows = [{"chosen": conversation(n, f"It is {n}."), "rejected": conversation(n, "No.")} for n in range(40)]
-    findings = own("method=dpo", "data=file", f"data.path={write(tmp_path / 'rows.jsonl', rows)}")
-    assert heeded(findings) == []
+    words = ["method=dpo", "data=file", f"data.path={write(tmp_path / 'rows.jsonl', rows)}"]
+    assert heeded(own(*words, "train.warmup_steps=0")) == []
+    assert heeded(own(*words)) == [("warning", "data.warmup")]  # DPO's own is longer than the run's 20 steps

@@ -113,7 +113,7 @@ def submit(groups: list[tuple[dict[str, Any], list[Job]]], folder: Path) -> list
         except RuntimeError as error:
             if is_new and not submitted:
                 _remove(folder)
-            told = " ".join(str(error).split())
+            told = "; ".join(" ".join(line.split()) for line in str(error).splitlines() if line.strip())
             before = ", ".join(one.slurm_id for one in submitted)
             told += f"; submitted before, and going on: {before}" if before else ""
             raise ConfigError(f"hydra/launcher=slurm: {told}") from None
