@@ -7,10 +7,11 @@ Methods keep their own schema beside their loss; `parse` joins the two. A refusa
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
 from pydantic_core import ErrorDetails
 
 from opd.errors import ConfigError
@@ -19,6 +20,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+PathStr = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]  # here, or on the hub
 
 
 class Schema(BaseModel):
@@ -31,9 +33,9 @@ class Run(Schema):
     """Which run this is and where it writes."""
 
     name: str = Field(min_length=1, description="experiment name; part of the default run.dir")
-    dir: str = Field(min_length=1, description="folder of this run; the same command with it continues the run")
+    dir: PathStr = Field(description="folder of this run; the same command with it continues the run")
     seed: Count = Field(description="seed of every addressed draw: order, rollouts, coins, initial student base")
-    resume: str = Field(description="auto: continue an interrupted run.dir; never: refuse one; or a checkpoint path")
+    resume: PathStr = Field(description="auto: continue an interrupted run.dir; never: refuse one; or a checkpoint")
     preflight: Literal["strict", "warn", "off"] = Field(
         default="strict", description="the checks of mode=check before training: refuse on an error, tell it, or none"
     )
@@ -66,12 +68,12 @@ class WalkRecipe(Schema):
 class Model(Schema):
     """A causal language model: a folder, a hub id, or a recipe that the project trains on first use."""
 
-    path: str | None = Field(min_length=1, description="folder or hub id")
+    path: PathStr | None = Field(description="folder or hub id")
     revision: str | None = Field(default=None, description="hub revision")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(description="auto: follow hardware.precision")
     attention: Literal["sdpa", "eager", "flash_attention_2"]
     trust_remote_code: bool
-    chat_template: str | None = Field(
+    chat_template: PathStr | None = Field(
         default=None,
         min_length=1,
         description="file with a chat template that replaces the model's; training: TRL's for this family",
@@ -84,7 +86,7 @@ class Model(Schema):
 class Student(Model):
     """The model that learns."""
 
-    init: str | None = Field(default=None, description="weights to start from instead: a folder, or stage:NAME")
+    init: PathStr | None = Field(default=None, description="weights to start from instead: a folder, or stage:NAME")
     lora: LoRA | None = None
     gradient_checkpointing: bool = False
 
@@ -113,7 +115,7 @@ class Models(Schema):
 class Origin(Schema):
     """Where rows come from: a file, a folder of dataset files, or a hub id; and what its columns are called."""
 
-    path: str | None = Field(default=None, min_length=1, description="file, dataset folder or hub id")
+    path: PathStr | None = Field(default=None, description="file, dataset folder or hub id")
     subset: str | None = Field(default=None, description="configuration of a hub data set")
     split: str = Field(default="train", description="of a hub data set or a folder")
     revision: str | None = Field(default=None, description="hub revision")
@@ -132,13 +134,13 @@ class Data(Origin):
     name: Literal["walk", "file", "hub", "mixture"]
     variant: Literal["plain", "bold", "short", "hint"] = Field(default="plain", description="of the walk: docs/walk.md")
     sources: dict[str, MixedOrigin] = Field(default_factory=dict, description="the parts of data=mixture, by name")
-    eval_path: str | None = Field(default=None, description="rows for evaluation from here instead of held-out ones")
+    eval_path: PathStr | None = Field(default=None, description="rows for evaluation from here, not held-out ones")
     eval_split: str | None = Field(default=None, description="rows for evaluation from this split of path")
     streaming: bool = Field(default=False, description="read rows as training reaches them; needs train.max_steps")
     shuffle_buffer: PositiveInt = Field(default=10_000, description="rows that a stream is shuffled within")
     bad_rows: Literal["refuse", "drop"] = Field(default="refuse", description="a row that cannot be read: drop counts")
     system_prompt: str | None = Field(default=None, description="system message of conversations that bring none")
-    responses: str | None = Field(default=None, description="folder of answers to the prompts (mode=responses)")
+    responses: PathStr | None = Field(default=None, description="folder of answers to the prompts (mode=responses)")
     limit: PositiveInt | None = Field(default=None, description="use only the first rows")
     eval_prompts: Count = Field(description="prompts held out for evaluation")
     max_prompt_length: PositiveInt = Field(description="tokens; a longer prompt is dropped and counted")
@@ -173,7 +175,7 @@ class Hardware(Schema):
     teacher_placement: Literal["local", "fsdp2", "zero3", "cpu_offload"] = Field(
         default="local", description="local: whole on every rank; fsdp2, zero3: in shards; cpu_offload: in main memory"
     )
-    deepspeed: str | None = Field(default=None, min_length=1, description="a DeepSpeed JSON instead of opd's own")
+    deepspeed: PathStr | None = Field(default=None, description="a DeepSpeed JSON instead of opd's own")
 
     @property
     def world_size(self) -> int:
@@ -221,7 +223,7 @@ class Train(Schema):
 class LmEval(Schema):
     """Tasks of lm-eval (EleutherAI), before and after training."""
 
-    tasks: list[str] = Field(default_factory=list, description="names, or files of task YAML; []: none")
+    tasks: list[PathStr] = Field(default_factory=list, description="names, or files of task YAML; []: none")
     limit: PositiveInt | None = Field(default=None, description="documents a task; null: all")
     num_fewshot: Count | None = Field(default=None, description="null: what the task says")
     chat_template: bool = Field(default=True, description="ask through the student's chat template, if it has one")
@@ -252,7 +254,7 @@ class Tracking(Schema):
 class Artifacts(Schema):
     """Where what is made once and used again is kept, addressed by content."""
 
-    dir: str
+    dir: PathStr
 
 
 class MethodConfig(Schema):
@@ -260,6 +262,9 @@ class MethodConfig(Schema):
 
     name: str
     loss_normalization: Literal["token", "sequence", "sum", "constant"] = "token"
+
+
+_DECIDE = ("lmbda", "seq_kd", "kd_temperature")  # of a method: whether it samples, and what it asks its teachers
 
 
 class Config(Schema):
@@ -287,6 +292,12 @@ class Config(Schema):
         """Whether it is of the embedded task: its rows, or models that are trained before it begins."""
         models = (self.model.student, self.model.teacher)
         return self.data.name == "walk" or any(model.path is None and model.recipe is not None for model in models)
+
+    @property
+    def method_words(self) -> str:
+        """The method, with the settings that what it needs depends on."""
+        told = {key: getattr(self.method, key) for key in _DECIDE if hasattr(self.method, key)}
+        return " ".join([f"method={self.method.name}", *(f"method.{key}={value}" for key, value in told.items())])
 
     def at(self, key: str) -> Any:
         """The value of a dotted key, e.g. "method.beta"."""

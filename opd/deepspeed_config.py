@@ -27,7 +27,7 @@ _REPLACED = {"optimizer": "train.optimizer", "scheduler": "train.lr_scheduler"}
 def deepspeed_config(hardware: Hardware) -> dict[str, Any]:
     """The JSON of a ZeRO run, with "auto" for what transformers fills in. Raises ConfigError for one that is wrong."""
     own = next((folder for folder in _OWN if folder.is_dir()), _OWN[0]) / f"{hardware.sharding}.json"
-    path = own if hardware.deepspeed is None else Path(hardware.deepspeed).expanduser()
+    path = own if hardware.deepspeed is None else Path(hardware.deepspeed)
     setting = f"hardware.deepspeed={hardware.deepspeed}"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

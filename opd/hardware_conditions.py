@@ -42,7 +42,7 @@ def _deepspeed(config: Config) -> list[str]:
         setting = f"hardware.deepspeed={hardware.deepspeed}"
         if not hardware.sharding.startswith("zero"):
             problems.append(f"{setting}: hardware.sharding={hardware.sharding} does not read it; set it to null")
-        elif not Path(hardware.deepspeed).expanduser().is_file():
+        elif not Path(hardware.deepspeed).is_file():
             problems.append(f"{setting}: no such file (looked from {Path.cwd()}); give a DeepSpeed JSON, or null")
         else:
             problems += _told(hardware)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from opd.artifacts.folders import holds_scores
 from opd.config import Config
 from opd.data import DataSet, check_lengths, load_data
 from opd.errors import ConfigError
@@ -72,7 +73,7 @@ def teacher_folders(config: Config, needs: Needs) -> Folders:
         if need.is_student or need.model == "teacher":
             continue
         path = str(config.at(need.model))
-        (found.scores if (Path(path) / "scores.json").is_file() else found.models)[need.model] = path
+        (found.scores if holds_scores(path) else found.models)[need.model] = path
     wanted = any(need.model == "teacher" for need in asked)
     evaluates = (config.trains or config.mode == "eval") and config.evaluation.divergence
     measured = evaluates and not found.models and not found.scores

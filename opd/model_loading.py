@@ -117,7 +117,7 @@ def _is_students_base(config: Config, path: str) -> bool:
 
 def _place(path: str) -> str:
     """One name for a folder however it is written; a hub id is its own."""
-    folder = Path(path).expanduser()
+    folder = Path(path)
     return str(folder.resolve()) if folder.is_dir() else path
 
 

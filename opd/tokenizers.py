@@ -55,7 +55,7 @@ def _refuse_code(error: Exception, path: str, key: str) -> None:
 
 def _refuse_hub_id(model: Model, path: str, setting: str, error: Exception) -> None:
     """Raise ConfigError, which `setting` opens, if it was the hub, or the lack of it, which stood in the way."""
-    if Path(path).expanduser().exists() or not isinstance(error, OSError):
+    if Path(path).exists() or not isinstance(error, OSError):
         return
     if constants.HF_HUB_OFFLINE:
         revision = f" (revision {model.revision})" if model.revision is not None else ""

@@ -45,7 +45,7 @@ def provenance(*, seed: int, models: dict[str, str | None], data: dict[str, str]
         "seeds": {"run.seed": seed},
         "hashes": {
             **{name: folder_hash(Path(path)) for name, path in models.items() if path},
-            **{key.removesuffix(".path"): data_hash(Path(path).expanduser()) for key, path in data.items()},
+            **{key.removesuffix(".path"): data_hash(Path(path)) for key, path in data.items()},
         },
     }
 

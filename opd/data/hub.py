@@ -41,7 +41,7 @@ def _opened(origin: Origin, prefix: str, *, streaming: bool) -> Iterable[Any]:
     from datasets import config, load_dataset, load_from_disk  # noqa: PLC0415
 
     assert origin.path is not None
-    folder = Path(origin.path).expanduser()
+    folder = Path(origin.path)
     if not folder.is_dir():
         # Without a network there is only the cache, and nothing in it needs to be streamed.
         streaming = streaming and not config.HF_HUB_OFFLINE
@@ -105,7 +105,7 @@ def _refusal(origin: Origin, prefix: str, error: Exception) -> ConfigError:
         return _no_split(origin, prefix, (found[1] or found[2]).replace("'", "").replace('"', ""))
     if re.search("BuilderConfig|Config name is missing|cache for .* for config", str(error)):
         return ConfigError(f"{prefix}subset={origin.subset}: {setting} has no such subset ({told}); name one it has")
-    if pointer := _pointer(Path(origin.path or "").expanduser()):
+    if pointer := _pointer(Path(origin.path or "")):
         problem = f"{pointer} is a pointer of git-lfs, not the file"
         return ConfigError(f"{setting}: {problem}; fetch the files (git lfs pull), or download the data set again")
     if kinds & {"EmptyDatasetError", "DataFilesNotFoundError"}:

@@ -12,8 +12,8 @@ from opd.data.readers import Row, first_rows, iterate_rows
 
 def is_hub_id(path: str) -> bool:
     """Whether this names a data set on the hub; anything that looks like a place on a disk does not."""
-    place = Path(path).expanduser()
-    looks_local = place.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1
+    place = Path(path)
+    looks_local = place.is_absolute() or path.startswith(".") or path.count("/") > 1
     return not (looks_local or place.suffix in (".json", ".jsonl", ".csv", ".parquet", ".txt") or place.exists())
 
 
@@ -24,7 +24,7 @@ def rows_of(origin: Origin, prefix: str, *, limit: int | None = None, streaming:
     data set is not downloaded first. Raises ConfigError, in one line.
     """
     assert origin.path is not None
-    path = Path(origin.path).expanduser()
+    path = Path(origin.path)
     if path.is_dir() or is_hub_id(origin.path):
         return dataset_rows(origin, prefix, limit=limit, streaming=streaming)
     return first_rows(iterate_rows(path, key=f"{prefix}path"), limit)
@@ -33,7 +33,7 @@ def rows_of(origin: Origin, prefix: str, *, limit: int | None = None, streaming:
 def name_of(origin: Origin, prefix: str) -> str:
     """How refusals call it: "data.path=rows.jsonl", or with the split of a data set."""
     assert origin.path is not None
-    is_set = Path(origin.path).expanduser().is_dir() or is_hub_id(origin.path)
+    is_set = Path(origin.path).is_dir() or is_hub_id(origin.path)
     return f"{prefix}path={origin.path}" + (f" {prefix}split={origin.split}" if is_set else "")
 
 

@@ -69,7 +69,7 @@ def packaged_templates() -> dict[str, Path]:
 
 def template_file(chosen: str, prefix: str) -> Path:
     """The file of a chosen template, or the packaged one of that name. Raises ConfigError, in one line."""
-    file, packaged = Path(chosen).expanduser(), packaged_templates()
+    file, packaged = Path(chosen), packaged_templates()
     if not file.is_file() and chosen not in packaged:
         names = ", ".join([TRAINING, *sorted(packaged)])
         problem = f"no such file (looked from {Path.cwd()})"

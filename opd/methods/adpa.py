@@ -16,7 +16,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from opd import objectives
-from opd.config import MethodConfig, PositiveInt
+from opd.config import MethodConfig, PathStr, PositiveInt
 from opd.errors import ConfigError
 from opd.protocols import Batch, Dense, Kind, Method, Needs, Origin, Scores, TeacherNeed, Terms, TokenSequence
 
@@ -41,9 +41,9 @@ class ADPA(Method):
         advantage_clip: tuple[float, float] | None = Field(strict=False, description="bounds of A; null: none")
         released_quirks: bool = Field(description="advantages and bounds as in the authors' code; needs top_k")
         responses: Literal["stored", "student"] = Field(description="the data's, or sampled from the student")
-        scores: str | None = Field(description="folder of both teachers' scores; null: the teachers themselves")
-        dpo_teacher: str | None = Field(description="folder of the DPO-trained teacher; null: model.teacher")
-        ref_teacher: str | None = Field(description="folder of that teacher before its DPO")
+        scores: PathStr | None = Field(description="folder of both teachers' scores; null: the teachers themselves")
+        dpo_teacher: PathStr | None = Field(description="folder of the DPO-trained teacher; null: model.teacher")
+        ref_teacher: PathStr | None = Field(description="folder of that teacher before its DPO")
 
         @model_validator(mode="after")
         def _fits_together(self) -> ADPA.Config:

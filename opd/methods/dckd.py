@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from opd import objectives
-from opd.config import MethodConfig, PositiveInt
+from opd.config import MethodConfig, PathStr, PositiveInt
 from opd.errors import ConfigError
 from opd.protocols import Batch, Dense, Kind, Method, Needs, Scores, TeacherNeed, Terms
 
@@ -28,7 +28,7 @@ class DCKD(Method):
         distillation_weight: float = Field(gt=0, description="of both divergences")
         chosen_distil_weight: float = Field(ge=0, description="of the divergence on chosen tokens")
         rejected_distil_weight: float = Field(ge=0, description="of the divergence on rejected tokens")
-        dpo_teacher: str | None = Field(
+        dpo_teacher: PathStr | None = Field(
             description="folder of the DPO-trained teacher or of its scores; null: model.teacher"
         )
         top_k: PositiveInt | None = Field(description="the teacher's k likeliest ids and the rest; null: all ids")

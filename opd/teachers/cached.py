@@ -12,11 +12,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from opd.artifacts.folders import SCORES
 from opd.errors import ConfigError, RunError
 from opd.protocols import Layout, Sparse, TokenSequence
 from opd.teachers.base import Teacher
 
-_TENSORS, _FACTS = "scores.safetensors", "scores.json"
+_TENSORS = "scores.safetensors"
 
 
 def write_scores(
@@ -38,7 +39,7 @@ def write_scores(
             tensors[name] = torch.cat([entry for entry in entries if isinstance(entry, Tensor)]).float()
     index = [(_address(sequence), sequence.num_loss_tokens) for sequence in sequences]
     save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, folder / _TENSORS)
-    (folder / _FACTS).write_text(json.dumps({**facts, "teachers": list(scored), "sequences": index}), encoding="utf-8")
+    (folder / SCORES).write_text(json.dumps({**facts, "teachers": list(scored), "sequences": index}), encoding="utf-8")
 
 
 class CachedTeacher(Teacher):
@@ -48,7 +49,7 @@ class CachedTeacher(Teacher):
 
     def __init__(self, folder: Path, name: str, *, device: torch.device, key: str) -> None:
         try:
-            facts = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
+            facts = json.loads((folder / SCORES).read_text(encoding="utf-8"))
             self._tensors: dict[str, Tensor] = load_file(folder / _TENSORS)
         except (OSError, ValueError, SafetensorError) as error:
             first = str(error).splitlines()[0]

@@ -148,6 +148,14 @@ def test_columns_of_other_names_are_read_by_data_columns(tmp_path, student, teac
     assert "nll" in check_run(tmp_path / "run")["after"]
 
 
+def test_a_path_may_begin_with_a_tilde(tmp_path, rows, student, teacher, monkeypatch):
+    for name, place in {"rows.jsonl": rows, "student": student, "teacher": teacher}.items():
+        (tmp_path / name).symlink_to(place)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert call(*file_run(*(f'"~/{name}"' for name in ("run", "rows.jsonl", "student", "teacher")))).code == 0
+    check_run(tmp_path / "run")
+
+
 def test_rows_that_are_dropped_or_cut_are_counted(tmp_path, student, teacher):
     rows = [(f"{n}?", "yes " * (8 if n == 0 else 1)) for n in range(20)] + [("why " * 40, "no")]
     words = file_run(tmp_path / "run", write_rows(tmp_path / "rows.csv", rows), student, teacher)

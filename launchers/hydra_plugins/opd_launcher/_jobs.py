@@ -43,7 +43,7 @@ class Job:
     @property
     def folder(self) -> Path:
         """Where it writes."""
-        return Path(self.raw["run"]["dir"])
+        return Path(self.raw["run"]["dir"]).expanduser()
 
 
 @dataclass
