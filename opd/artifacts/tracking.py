@@ -6,7 +6,7 @@ import json
 import logging
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,8 @@ class Tracker:
         try:
             yield
         except Exception as error:
+            if self._backend is not None:
+                self._backend.leave()
             self._backend = None
             told = f"{type(error).__name__}: {' '.join(str(error).split())}"
             log.warning("tracking=%s: failed (%s); the run goes on, and its folder holds everything", self._name, told)
@@ -81,6 +83,13 @@ class _Wandb:
         self._send()
         self._run.summary.update(summary)
         self._run.finish()
+
+    def leave(self) -> None:
+        """Give its service up, which may be gone: or Python says so at its own end, in a traceback."""
+        import wandb  # noqa: PLC0415
+
+        with suppress(Exception):
+            wandb.teardown()
 
 
 def _start_wandb(config: Config, folder: Path) -> Any:
@@ -135,6 +144,9 @@ class _TensorBoard:
     def close(self, summary: dict[str, Any]) -> None:
         self._writer.add_text("result", f"```json\n{json.dumps(summary, indent=2)}\n```", 0)
         self._writer.close()
+
+    def leave(self) -> None:
+        """Nothing: it holds a file, of which no more is asked."""
 
 
 def _recorded(file: Path) -> Iterator[tuple[int, dict[str, float]]]:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from contract.command import logged, start, words_of, write_inputs
 from contract.variants import DEFAULTS, needs_of
+from launch.commands import begin, faulty, finish
 from wandb_file import read_history, read_run, read_summary
 
 from opd.artifacts.tracking import Tracker
@@ -206,6 +207,19 @@ def test_a_tracker_whose_service_dies_is_left_with_one_line(tmp_path, caplog, mo
     tracker.close({"seconds": 1.0})
     (line,) = said(caplog)
     assert line.startswith("tracking=wandb: failed (") and "the run goes on" in line
+
+
+SERVICE_DIES = """
+            import psutil
+            [child.kill() for child in psutil.Process().children() if "wandb-core" in child.name()]"""
+
+
+@pytest.mark.slow
+def test_a_run_whose_tracker_dies_ends_well_and_says_no_more_of_it(inputs, tmp_path):
+    words = words_of(SAMPLING, inputs, tmp_path / "run", *TIMES, *WANDB)
+    code, lines = finish(begin("opd", *words, env=faulty(tmp_path, rank=None, fault=SERVICE_DIES, step=3)))
+    assert code == 0, lines
+    assert lines.count("tracking=wandb: failed (") == 1 and "Traceback" not in lines, lines
 
 
 def test_a_folder_that_no_tracker_can_write_to_costs_one_line(tmp_path, caplog, monkeypatch):
