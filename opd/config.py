@@ -20,7 +20,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
-PathStr = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]  # here, or on the hub
+PathStr = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]  # ~ is one's home
 
 
 class Schema(BaseModel):
