@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def repeated(action: Callable[[], None], seconds: float) -> Iterator[None]:
-    """Another thread calls the action every so many seconds, for the last time before the body is left.
+def repeated(action: Callable[[threading.Event], None], seconds: float) -> Iterator[None]:
+    """Another thread calls the action every so many seconds, with an event that is set once the body is left.
 
     Python aborts if it ends while a thread is inside of torch.
     """
@@ -17,7 +17,7 @@ def repeated(action: Callable[[], None], seconds: float) -> Iterator[None]:
 
     def repeat() -> None:
         while not is_over.wait(seconds):
-            action()
+            action(is_over)
 
     thread = threading.Thread(target=repeat, daemon=True)
     thread.start()

@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
@@ -64,7 +65,7 @@ def passed_on(folder: Path) -> AbstractContextManager[None]:
     """What this process hears in the body, each rank that says in `folder` that it listens hears too."""
     told = set[str]()
 
-    def pass_on() -> None:
+    def pass_on(_is_left: threading.Event) -> None:
         if (number := _Heard.number) is None:
             return
         for process in {file.stem for file in folder.rglob(f"*{_LISTENS}")} - told:

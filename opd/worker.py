@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
@@ -72,12 +73,12 @@ def _meeting_place() -> Store:
 def _ending_with_the_others(store: Store, failed: str) -> AbstractContextManager[None]:
     """Where ranks are on several machines, nobody else ends this one, which may wait in a collective for hours."""
 
-    def look() -> None:
+    def look(is_left: threading.Event) -> None:
         try:
             is_over = store.check([failed])
         except RuntimeError:  # whoever started the first rank is gone
             is_over = True
-        if is_over:
+        if is_over and not is_left.is_set():  # a rank at its end tells it itself
             os._exit(GONE)
 
     return repeated(look, seconds=1)
